@@ -1,0 +1,76 @@
+"""How many drafts to verify and how wide to make each branch of the next call (METHOD §4, step 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """num_drafts: drafts the call verifies. widths: drafts each branch b = 0 … num_drafts proposes."""
+
+    num_drafts: int
+    widths: tuple[int, ...]
+
+    def num_positions(self, lead: int) -> int:
+        """Positions the call spends; a branch with any draft spends `lead` more (1 in O-PTP, 0 in C-PTP)."""
+        return self.num_drafts + sum(width + lead for width in self.widths if width)
+
+
+def allocate(
+    confidences: Sequence[float], survival: Sequence[float], budget: int, remaining: int, lead: int = 0
+) -> Allocation:
+    """Spend `budget` positions where they are expected to yield most tokens.
+
+    confidences: c_1 … c_m of the drafts at hand. survival: s_1 … s_L of the acceptance profile, s_w being the chance
+    that the first w drafts of a branch are all accepted, so that H(w) = s_1 + … + s_w. remaining: tokens still to be
+    written; nothing beyond them is drafted. lead: positions a branch spends before its first draft.
+
+    Verifying draft j yields S_j = c_1···c_j tokens in this call; widening branch b to w yields P_b·s_w in the next,
+    P_b = S_b·(1 − c_{b+1}) being the chance that exactly b drafts are accepted. All gains fall along a branch, so
+    taking the largest first is exact, and S_j ≥ P_j·s_w means that no branch is opened behind an unverified draft.
+
+    Three drafts with c = 0.9, 0.8, 0.1 and survival 0.5, 0.25: gains of drafts 0.9 0.72 0.07, of branches
+    0: 0.05 0.03, 1: 0.09 0.05, 2: 0.32 0.16, 3: 0.04 0.02; a budget of 5 verifies two drafts and gives branch 2 its
+    two drafts; with the third draft unverified, branch 2 stands for everything accepted.
+    """
+    confidences = list(confidences)[: max(0, min(budget, remaining - 1))]
+    if budget == 0 or not survival:
+        return Allocation(len(confidences), (0,) * (len(confidences) + 1))
+    allocation = _greedy(confidences, survival, budget, remaining, lead)
+    if allocation.num_drafts < len(confidences):
+        # Without the drafts left out, the last branch is likelier than was assumed.
+        allocation = _greedy(confidences[: allocation.num_drafts], survival, budget, remaining, lead)
+    return allocation
+
+
+def _greedy(
+    confidences: Sequence[float], survival: Sequence[float], budget: int, remaining: int, lead: int
+) -> Allocation:
+    num_drafts, window = len(confidences), len(survival)
+    reached = np.cumprod([1.0, *confidences])
+    exactly = reached * (1 - np.append(confidences, 0.0))
+    gains = exactly[:, None] * np.asarray(survival)[None, :]
+    # A branch's first draft pays for its lead; the running minimum keeps each branch's order.
+    gains[:, 0] /= 1 + lead
+    gains = np.minimum.accumulate(gains, axis=1)
+    # Drafts of branch b predict the tokens b + 2 … of those remaining.
+    room = remaining - 1 - np.arange(num_drafts + 1)
+    gains[np.arange(window)[None, :] >= room[:, None]] = 0.0
+    values = np.concatenate([reached[1:], gains.ravel()])
+    verified, widths, left = 0, [0] * (num_drafts + 1), budget
+    for item in np.argsort(-values, kind="stable"):
+        if left == 0 or values[item] <= 0:
+            break
+        if item < num_drafts:
+            verified, left = verified + 1, left - 1
+            continue
+        branch = (item - num_drafts) // window
+        cost = 1 if widths[branch] else 1 + lead
+        if cost <= left and branch <= verified:
+            widths[branch] += 1
+            left -= cost
+    return Allocation(verified, tuple(widths[: verified + 1]))

@@ -1,0 +1,173 @@
+"""Partial Quadratic Decoding: draft and verify in one call, losslessly (METHOD §4)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptp.decoding.allocation import allocate
+from ptp.decoding.cache import RollbackCache
+from ptp.decoding.layout import CallLayout, call_mask
+from ptp.decoding.requests import Request, make_request
+from ptp.model.ptp_model import PTPModel
+from ptp.sampling import SamplingRule, pick, probability, warp
+
+PREFILL_CHUNK = 512
+"""Prompt tokens run ahead of the first call at a time, so that its mask stays small."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one call settled. token_ids: verified tokens, in order; the first num_accepted of them had been drafted.
+
+    u: their numbers. num_drafts: draft tokens the call verified.
+    """
+
+    token_ids: list[int]
+    u: list[float]
+    num_accepted: int
+    num_drafts: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished text: verified tokens only, cut at the first end token or at max_new_tokens.
+
+    token_ids, u: the tokens and the number that chose each. steps: the calls that yielded them.
+    finish_reason: "stop" if the last token is an end token, else "length".
+    """
+
+    token_ids: list[int]
+    u: list[float]
+    steps: list[Step]
+    finish_reason: str
+
+    @classmethod
+    def of(cls, steps: list[Step], request: Request) -> Generation:
+        """Collect the steps that answered a request."""
+        token_ids = [token for step in steps for token in step.token_ids]
+        reason = "stop" if token_ids[-1] in request.end_token_ids else "length"
+        return cls(token_ids, [u for step in steps for u in step.u], steps, reason)
+
+    @property
+    def num_calls(self) -> int:
+        return len(self.steps)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return sum(step.num_drafts for step in self.steps)
+
+    @property
+    def num_accepted_tokens(self) -> int:
+        return sum(step.num_accepted for step in self.steps)
+
+    @property
+    def tokens_per_call(self) -> float:
+        """τ: verified tokens per model call, bonus tokens included; 1 for plain decoding."""
+        return len(self.token_ids) / self.num_calls
+
+
+class Decoder:
+    """Writes several tokens per call; the text is what the base model alone would have sampled with the same u.
+
+    model: a PTP model. rule: how tokens are sampled (default: the rule the adapter was trained for, else
+    temperature 1). budget: positions a call may spend on drafts and branches; 0 is plain decoding.
+    """
+
+    def __init__(self, model: PTPModel, rule: SamplingRule | None = None, budget: int = 24) -> None:
+        self.model = model.eval()
+        self.rule = rule or model.rule or SamplingRule()
+        self.budget = budget
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int] | Tensor,
+        max_new_tokens: int = 128,
+        seed: int = 0,
+        sequence: int = 0,
+        end_token_ids: Sequence[int] | None = None,
+    ) -> Generation:
+        """Complete a prompt. Raises `DecodingError` for an empty prompt or one that leaves no room for a token.
+
+        seed, sequence: name the stream of u; the same pair gives the same text whatever the budget or the adapter.
+        end_token_ids: tokens that end the text; default those of the base model's generation config.
+        """
+        request = make_request(self.model.base_model, prompt_ids, max_new_tokens, seed, sequence, end_token_ids)
+        return Generation.of(list(self.steps(request)), request)
+
+    @torch.inference_mode()
+    def steps(self, request: Request) -> Iterator[Step]:
+        """The decoding loop: allocate → layout → call → verify → commit → draft. Yields each call's verified tokens."""
+        lead = self.model.config.lead
+        tokens = list(request.prompt_ids)
+        cache = RollbackCache(self.model.num_layers, len(tokens) + request.max_new_tokens + self.budget)
+        pending = self._prefill(tokens, cache)
+        drafts: list[int] = []
+        confidences: list[float] = []
+        while True:
+            plan = allocate(confidences, self.model.survival, self.budget, request.num_remaining(tokens), lead)
+            drafts = drafts[: plan.num_drafts]
+            layout = CallLayout(len(pending), len(drafts), tuple(w + lead if w else 0 for w in plan.widths))
+            u = request.u[len(tokens) - len(request.prompt_ids) :]
+            logits = self._call(layout, pending + drafts, u, cache)
+
+            true_tokens = pick(warp(logits[: len(drafts) + 1], self.rule), u[: len(drafts) + 1]).tolist()
+            num_accepted = next((i for i, draft in enumerate(drafts) if draft != true_tokens[i]), len(drafts))
+            verified = request.cut(true_tokens[: num_accepted + 1])
+            yield Step(verified, u[: len(verified)].tolist(), min(num_accepted, len(verified)), len(drafts))
+
+            tokens += verified
+            if request.is_finished(tokens):
+                return
+            cache.rollback(len(tokens) - 1)
+            pending = tokens[-1:]
+            start, end = (row - layout.num_pending + 1 for row in layout.branch_rows(num_accepted))
+            drafts, confidences = self._draft(logits[start:end], u[num_accepted + 1 :])
+
+    def _prefill(self, tokens: list[int], cache: RollbackCache) -> list[int]:
+        """Cache all but the last stretch of a long prompt; returns the tokens left for the first call."""
+        done = 0
+        while len(tokens) - done > PREFILL_CHUNK:
+            self._call(CallLayout(PREFILL_CHUNK, 0, (0,)), tokens[done : done + PREFILL_CHUNK], torch.empty(0), cache)
+            done += PREFILL_CHUNK
+        return tokens[done:]
+
+    def _call(self, layout: CallLayout, verify: list[int], u: Tensor, cache: RollbackCache) -> Tensor:
+        """Logits (1 + drafts + window rows, V) of a call: the last pending row, the draft rows, the branches.
+
+        verify: pending and draft tokens. u: numbers of the tokens to come, the first not yet accepted first.
+        """
+        model, device = self.model, self.model.device
+        num_cached = cache.get_seq_length()
+        inputs = torch.tensor([verify], device=device)
+        positions = torch.arange(num_cached, num_cached + len(verify), device=device)
+        gate_start = None
+        if layout.num_rows > layout.gate_start:
+            branch, index = layout.windows(device)
+            # Branch b takes the last pending token and b drafts as accepted; the last of these is its anchor.
+            anchor = inputs[0, layout.num_pending - 1 + branch]
+            window = model.embed_windows(u[branch + index], anchor, index == 0)
+            inputs = torch.cat([model.token_embedding(inputs), window.unsqueeze(0)], dim=1)
+            first_open = num_cached + layout.num_pending
+            positions = torch.cat([positions, first_open + model.config.shift + branch + index])
+            gate_start = layout.gate_start
+        return model.call(
+            inputs,
+            positions.unsqueeze(0),
+            call_mask(layout, num_cached, device),
+            cache,
+            gate_start,
+            logits_to_keep=layout.num_rows - layout.num_pending + 1,
+        )[0]
+
+    def _draft(self, logits: Tensor, u: Tensor) -> tuple[list[int], list[float]]:
+        """Drafts and their confidences from the rows of the branch that came true. u: from the first draft's on."""
+        if self.model.config.variant == "one_hot":
+            best = logits[1:].float().softmax(-1).max(-1)
+            return best.indices.tolist(), best.values.tolist()
+        distribution = warp(logits, self.rule)
+        drafts = pick(distribution, u[: len(logits)])
+        return drafts.tolist(), probability(distribution, drafts).tolist()

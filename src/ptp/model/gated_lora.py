@@ -1,0 +1,94 @@
+"""Gated LoRA: low-rank updates that act on window positions only (METHOD §2).
+
+Every call of the model lays its positions out so that the gated ones stand last. One integer, `Gate.start`, then
+says everything: positions [start, end) of the sequence are gated, the others pass through unchanged base weights,
+and with the gate shut (`start is None`) a layer is exactly its base layer, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ptp.errors import ConfigError
+
+
+class Gate:
+    """Which positions of the current call are gated; shared by all layers of a model."""
+
+    def __init__(self) -> None:
+        self.start: int | None = None
+
+    @contextmanager
+    def opened(self, start: int) -> Iterator[None]:
+        """Gate positions [start, end) of every call made inside the block."""
+        before, self.start = self.start, start
+        try:
+            yield
+        finally:
+            self.start = before
+
+
+class GatedLoRA(nn.Module):
+    """A frozen linear layer plus scale · B·A on gated positions. Input (..., T, in), output (..., T, out)."""
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, gate: Gate) -> None:
+        super().__init__()
+        in_features, out_features = linear_shape(base)
+        self.base = base
+        self.gate = gate
+        self.scale = alpha / rank
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        start = self.gate.start
+        if start is None:
+            return y
+        low = nn.functional.linear(x[..., start:, :], self.lora_A.to(x.dtype))
+        update = nn.functional.linear(low, self.lora_B.to(x.dtype))
+        if start == 0:
+            return y + self.scale * update
+        y[..., start:, :].add_(update, alpha=self.scale)
+        return y
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features) of a linear layer; transformers' Conv1D (GPT-2) keeps its weight transposed."""
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[0], layer.weight.shape[1]
+    return layer.in_features, layer.out_features
+
+
+def add_gated_lora(base_model: nn.Module, targets: str | tuple[str, ...], rank: int, alpha: float, gate: Gate) -> None:
+    """Replace linear layers of `base_model` by gated ones, in place.
+
+    targets: "all-linear" for every linear layer but the output head, as PEFT means it, or the last parts of module
+    names ("q_proj", "v_proj"). Raises `ConfigError` when nothing matches.
+    """
+    head = base_model.get_output_embeddings()
+    layers = {
+        name: module
+        for name, module in base_model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head
+    }
+    if targets != "all-linear":
+        layers = {name: module for name, module in layers.items() if name.rsplit(".", 1)[-1] in targets}
+    if not layers:
+        raise ConfigError(f"lora_targets matches no linear layer of {type(base_model).__name__}; got {targets!r}")
+    for name, module in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(base_model.get_submodule(parent), child, GatedLoRA(module, rank, alpha, gate))
+
+
+def lora_layers(model: nn.Module) -> dict[str, GatedLoRA]:
+    """All gated layers by module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GatedLoRA)}

@@ -1,0 +1,48 @@
+"""Strict typed records: every setting of this project is a frozen pydantic model made by these rules."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ptp.errors import ConfigError
+
+
+class Record(BaseModel):
+    """A frozen record of settings; an unknown key or a bad value is a `ConfigError` of one line.
+
+    Constructing one from Python, from YAML and from an override on the command line gives the same message:
+    what arrived, what was expected, and for a misspelt key the nearest known one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(_describe(error, type(self))) from None
+
+
+def unknown_key(key: str, known: Iterable[str], where: str) -> str:
+    """The one line for a key that does not exist, with the nearest known one."""
+    known = list(known)
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key '{key}' in {where}; {hint}"
+
+
+def _describe(error: ValidationError, record: type[BaseModel]) -> str:
+    first = error.errors(include_url=False)[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return unknown_key(str(first["loc"][-1]), record.model_fields, record.__name__)
+    if first["type"] == "value_error":
+        # A validator's own words, or those of a nested record, already say everything.
+        return str(first["ctx"]["error"])
+    if first["type"] == "missing":
+        return f"{record.__name__} needs '{path}'"
+    return f"{path}: {first['msg'][0].lower()}{first['msg'][1:]}; got {first['input']!r}"

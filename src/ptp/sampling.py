@@ -1,0 +1,208 @@
+"""Sampling as a function of a uniform number: rule, warp, interval, pick and the u stream (METHOD §1).
+
+    logits ── warp(rule) ──► Distribution ── pick(u) ──► token
+                                  └───────── interval(token) ──► [lower, upper)
+
+`pick` and `interval` are inverses: `pick(P, u) == t` for every u in `interval(P, t)`. This one module serves the
+teacher, the training loss, the drafts and the verifier, so they cannot disagree.
+
+Shapes: `...` any leading dimensions, V vocabulary, K size of the sparse support.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import field_validator
+from torch import Tensor
+
+from ptp.records import Record
+
+Order = str | tuple[int, ...]
+
+
+class SamplingRule(Record):
+    """How logits become a token: temperature, then top-k, then top-p, with the meaning transformers gives them.
+
+    Each warper acts on what the one before it left; `top_p` on the renormalised mass, keeping the token that
+    crosses the threshold. `temperature=0` is greedy. `top_k=0` and `top_p=1` switch a warper off.
+
+    `order` is the order in which probability is summed into the cumulative distribution that u indexes:
+    "vocabulary" (by token id), "probability" (most likely first, ties by id) or a permutation of the vocabulary.
+    Every order samples the same distribution; they differ in what u tells the network.
+
+    Raises `ConfigError` for a value out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    order: Order = "vocabulary"
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperature(cls, value: float) -> float:
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or a positive number; got {value}")
+        return value
+
+    @field_validator("top_k")
+    @classmethod
+    def _top_k(cls, value: int) -> int:
+        if value < 0:
+            raise ValueError(f"top_k must be 0 (off) or a positive count of tokens; got {value}")
+        return value
+
+    @field_validator("top_p")
+    @classmethod
+    def _top_p(cls, value: float) -> float:
+        if not 0 < value <= 1:
+            raise ValueError(f"top_p must lie in (0, 1]; got {value}")
+        return value
+
+    @field_validator("order")
+    @classmethod
+    def _order(cls, value: Order) -> Order:
+        if isinstance(value, str):
+            if value not in ("vocabulary", "probability"):
+                raise ValueError(f"order must be 'vocabulary', 'probability' or a permutation; got '{value}'")
+        elif sorted(value) != list(range(len(value))):
+            raise ValueError(f"order must hold each of 0 … {len(value) - 1} once; got {len(value)} other numbers")
+        return value
+
+    def __str__(self) -> str:
+        order = self.order if isinstance(self.order, str) else "permutation"
+        return f"temperature {self.temperature:g}, top-k {self.top_k}, top-p {self.top_p:g}, {order} order"
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """A sparse distribution over tokens whose entries stand in the rule's order.
+
+    token_ids: (..., K) int64, the support; entries without mass may be present and are never picked.
+    probs:     (..., K) float32, sums to 1.
+    upper:     (..., K) float32, cumulative sum of probs, its last entry exactly 1.
+    """
+
+    token_ids: Tensor
+    probs: Tensor
+    upper: Tensor
+
+    def dense(self, vocab_size: int) -> Tensor:
+        """Probabilities as a (..., vocab_size) tensor."""
+        shape = (*self.probs.shape[:-1], vocab_size)
+        return self.probs.new_zeros(shape).scatter_add_(-1, self.token_ids, self.probs)
+
+
+def warp(logits: Tensor, rule: SamplingRule) -> Distribution:
+    """The distribution the rule samples from, for logits of shape (..., V).
+
+    Always in float32: cumulative sums in bfloat16 give 6 % of intervals no width. Ties are treated as
+    transformers treats them: all tokens tied at the top-k threshold stay; at the top-p threshold the smaller ids
+    leave first. Greedy ties go to the smallest id.
+    """
+    scores = logits.float()
+    if rule.temperature == 0:
+        token_ids = scores.argmax(-1, keepdim=True)
+        ones = torch.ones_like(token_ids, dtype=torch.float32)
+        return Distribution(token_ids, ones, ones)
+    scores = scores / rule.temperature
+    scores, token_ids = _candidates(scores, rule)
+    if rule.top_p < 1:
+        # transformers sums from the least likely end and keeps its order of ties; so does this.
+        ascending, index = scores.sort(dim=-1, stable=True)
+        drop = ascending.softmax(-1).cumsum(-1) <= 1 - rule.top_p
+        drop[..., -1] = False
+        scores = scores.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), -torch.inf)
+    probs = scores.softmax(-1)
+    probs, token_ids = _in_order(probs, token_ids, rule.order)
+    upper = probs.cumsum(-1)
+    # Dividing by the total makes the last edge exactly 1, so every u < 1 falls into some interval.
+    return Distribution(token_ids, probs, upper / upper[..., -1:])
+
+
+def pick(distribution: Distribution, u: Tensor) -> Tensor:
+    """The token whose interval holds u. u: (...) float32 in [0, 1); returns (...) int64."""
+    index = torch.searchsorted(distribution.upper, u.unsqueeze(-1), right=True)
+    return distribution.token_ids.gather(-1, index).squeeze(-1)
+
+
+def interval(distribution: Distribution, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """[lower, upper) of each token's slice of [0, 1), each (...) float32; lower == upper where it has no mass."""
+    matches = distribution.token_ids == tokens.unsqueeze(-1)
+    upper = torch.where(matches, distribution.upper, 0).amax(-1)
+    before = torch.cat([torch.zeros_like(distribution.upper[..., :1]), distribution.upper[..., :-1]], dim=-1)
+    lower = torch.where(matches, before, 0).amax(-1)
+    return lower, upper
+
+
+def probability(distribution: Distribution, tokens: Tensor) -> Tensor:
+    """Probability of each token, (...) float32."""
+    return torch.where(distribution.token_ids == tokens.unsqueeze(-1), distribution.probs, 0).sum(-1)
+
+
+def inside(lower: Tensor, upper: Tensor, z: Tensor) -> Tensor:
+    """u = lower + (upper − lower)·z, kept inside [lower, upper) against rounding. z in [0, 1]; empty stays lower."""
+    u = lower + (upper - lower) * z
+    return torch.maximum(torch.minimum(u, torch.nextafter(upper, lower)), lower)
+
+
+def uniform(seed: int, sequence: int | Tensor, position: int | Tensor) -> Tensor:
+    """The number u of a position of a sequence: float32 in [0, 1) with 24 random bits.
+
+    A counter-based generator (Philox-4x32-10, Salmon et al. 2011): the same (seed, sequence, position) gives the
+    same u in any batch, on any device, after any restart. `sequence` and `position` are non-negative and are
+    broadcast against each other.
+    """
+    sequence = torch.as_tensor(sequence, dtype=torch.int64)
+    position = torch.as_tensor(position, dtype=torch.int64, device=sequence.device if sequence.ndim else None)
+    sequence, position = torch.broadcast_tensors(sequence.to(position.device), position)
+    counter = (position & _LOW32, position >> 32 & _LOW32, sequence & _LOW32, sequence >> 32 & _LOW32)
+    word = philox_4x32(counter, (seed & _LOW32, seed >> 32 & _LOW32))[0]
+    return (word >> 8).to(torch.float32) * 2.0**-24
+
+
+_LOW32 = 0xFFFFFFFF
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def philox_4x32(counter: Words, key: tuple[int, int], rounds: int = 10) -> Words:
+    """Philox-4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+    Every word is an int64 tensor (or int, for the key) holding 32 bits. A 32 × 32 bit product wraps in int64 to
+    the right 64 bits, from which both halves are read.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        high0, high1 = product0 >> 32 & _LOW32, product1 >> 32 & _LOW32
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & _LOW32, high0 ^ c3 ^ k1, product0 & _LOW32
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW32, (k1 + 0xBB67AE85) & _LOW32
+    return c0, c1, c2, c3
+
+
+def _candidates(scores: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
+    """Scores and ids of the tokens top-k leaves, padded with −inf, ids ascending so that ties sort as over V."""
+    vocab_size = scores.shape[-1]
+    if not 0 < rule.top_k < vocab_size:
+        return scores, torch.arange(vocab_size, device=scores.device).expand_as(scores)
+    threshold = scores.topk(rule.top_k).values[..., -1:]
+    size = int((scores >= threshold).sum(-1).max()) if scores.numel() else rule.top_k
+    scores, token_ids = scores.topk(size)
+    token_ids, by_id = token_ids.sort(-1)
+    scores = scores.gather(-1, by_id)
+    return scores.masked_fill(scores < threshold, -torch.inf), token_ids
+
+
+def _in_order(probs: Tensor, token_ids: Tensor, order: Order) -> tuple[Tensor, Tensor]:
+    """Entries that stand by ascending token id, brought into the rule's order."""
+    if order == "vocabulary":
+        return probs, token_ids
+    if order == "probability":
+        index = probs.argsort(dim=-1, descending=True, stable=True)
+    else:
+        rank = torch.tensor(order, device=token_ids.device).argsort()
+        index = rank[token_ids].argsort(-1)
+    return probs.gather(-1, index), token_ids.gather(-1, index)
