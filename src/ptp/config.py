@@ -47,3 +47,39 @@ class PTPConfig(Record):
     def num_drafts(self) -> int:
         """Drafts a full window proposes."""
         return self.window - self.lead
+
+
+class PregenerateConfig(Record):
+    """How the base model's completions are sampled.
+
+    Lengths are in tokens; longer prompts are left out and counted.
+    """
+
+    max_prompt_tokens: int = Field(512, ge=1)
+    max_new_tokens: int = Field(512, ge=2)
+    batch_size: int = Field(64, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class TrainConfig(Record):
+    """How the adapter is trained.
+
+    max_steps: optimiser steps. batch_size: packed sequences per step and process. sequence_length: tokens of one;
+    windows_per_sequence: N. beta: concentration of u's place in its interval (METHOD §3). distillation: weight of the
+    KL to the teacher beside the cross-entropy's 1 (categorical only). position_decay: γ, weight γ^k of window
+    index k. save_every: steps between checkpoints.
+    """
+
+    max_steps: int = Field(2000, ge=1)
+    batch_size: int = Field(8, ge=1)
+    sequence_length: int = Field(1024, ge=8)
+    windows_per_sequence: int = Field(64, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    optimizer: str = "adamw"
+    warmup_steps: int = Field(50, ge=0)
+    beta: float = Field(0.3, gt=0)
+    distillation: float = Field(0.0, ge=0)
+    position_decay: float = Field(1.0, gt=0, le=1)
+    bf16: bool = True
+    save_every: int = Field(250, ge=1)
+    seed: int = Field(0, ge=0)

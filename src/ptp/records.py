@@ -32,7 +32,7 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> str:
     known = list(known)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-    return f"unknown key '{key}' in {where}; {hint}"
+    return f"unknown key {key!r} in {where}; {hint}"
 
 
 def _describe(error: ValidationError, record: type[BaseModel]) -> str:

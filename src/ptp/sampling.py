@@ -17,9 +17,13 @@ import torch
 from pydantic import field_validator
 from torch import Tensor
 
+from ptp.errors import ConfigError
 from ptp.records import Record
 
 Order = str | tuple[int, ...]
+
+MIN_TEMPERATURE = 1e-4
+"""Logits divided by less would overflow float32."""
 
 
 class SamplingRule(Record):
@@ -43,8 +47,8 @@ class SamplingRule(Record):
     @field_validator("temperature")
     @classmethod
     def _temperature(cls, value: float) -> float:
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or a positive number; got {value}")
+        if value != 0 and not MIN_TEMPERATURE <= value < float("inf"):
+            raise ValueError(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}; got {value}")
         return value
 
     @field_validator("top_k")
@@ -66,9 +70,9 @@ class SamplingRule(Record):
     def _order(cls, value: Order) -> Order:
         if isinstance(value, str):
             if value not in ("vocabulary", "probability"):
-                raise ValueError(f"order must be 'vocabulary', 'probability' or a permutation; got '{value}'")
-        elif sorted(value) != list(range(len(value))):
-            raise ValueError(f"order must hold each of 0 … {len(value) - 1} once; got {len(value)} other numbers")
+                raise ValueError(f"order must be 'vocabulary', 'probability' or a permutation; got {value!r}")
+        elif not value or sorted(value) != list(range(len(value))):
+            raise ValueError(f"a permutation must hold each of 0 … V − 1 once; got {len(value)} numbers that do not")
         return value
 
     def __str__(self) -> str:
@@ -100,8 +104,12 @@ def warp(logits: Tensor, rule: SamplingRule) -> Distribution:
 
     Always in float32: cumulative sums in bfloat16 give 6 % of intervals no width. Ties are treated as
     transformers treats them: all tokens tied at the top-k threshold stay; at the top-p threshold the smaller ids
-    leave first. Greedy ties go to the smallest id.
+    leave first (transformers leaves that to an unstable sort). Greedy ties go to the smallest id.
+
+    Raises `ConfigError` if the rule's order is a permutation of another vocabulary.
     """
+    if not isinstance(rule.order, str) and len(rule.order) != logits.shape[-1]:
+        raise ConfigError(f"the order permutes {len(rule.order)} tokens, the vocabulary has {logits.shape[-1]}")
     scores = logits.float()
     if rule.temperature == 0:
         token_ids = scores.argmax(-1, keepdim=True)

@@ -101,8 +101,8 @@ class WindowStream(Dataset[PackedBatch]):
         length: int | None = None,
         pad_id: int = 0,
     ) -> None:
-        # A window needs its first position and one token after it inside the completion.
-        self.completions = [c for c in completions if len(c) - c.prompt_length >= 2]
+        # A window needs an anchor before its first position, and one token after it, in the completion.
+        self.completions = [c for c in completions if len(c) - max(c.prompt_length, 1) >= 2]
         if not self.completions:
             raise DataError(f"none of {len(completions)} completions has two tokens: nothing to train on")
         self.sequences = pack([len(c) for c in self.completions], sequence_length)

@@ -31,7 +31,7 @@ def allocate(
 
     Verifying draft j yields S_j = c_1···c_j tokens in this call; widening branch b to w yields P_b·s_w in the next,
     P_b = S_b·(1 − c_{b+1}) being the chance that exactly b drafts are accepted. All gains fall along a branch, so
-    taking the largest first is exact, and S_j ≥ P_j·s_w means that no branch is opened behind an unverified draft.
+    taking the largest first is exact (with a lead, nearly so), and S_j ≥ P_j·s_w means that no branch is opened behind an unverified draft.
 
     Three drafts with c = 0.9, 0.8, 0.1 and survival 0.5, 0.25: gains of drafts 0.9 0.72 0.07, of branches
     0: 0.05 0.03, 1: 0.09 0.05, 2: 0.32 0.16, 3: 0.04 0.02; a budget of 5 verifies two drafts and gives branch 2 its
@@ -54,11 +54,8 @@ def _greedy(
     reached = np.cumprod([1.0, *confidences])
     exactly = reached * (1 - np.append(confidences, 0.0))
     gains = exactly[:, None] * np.asarray(survival)[None, :]
-    # A branch's first draft pays for its lead; the running minimum keeps each branch's order.
-    gains[:, 0] /= 1 + lead
-    gains = np.minimum.accumulate(gains, axis=1)
-    # Drafts of branch b predict the tokens b + 2 … of those remaining.
-    room = remaining - 1 - np.arange(num_drafts + 1)
+    # The call after branch b came true writes one token of its own and needs no more drafts than are then left.
+    room = remaining - 2 - np.arange(num_drafts + 1)
     gains[np.arange(window)[None, :] >= room[:, None]] = 0.0
     values = np.concatenate([reached[1:], gains.ravel()])
     verified, widths, left = 0, [0] * (num_drafts + 1), budget

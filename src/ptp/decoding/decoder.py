@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ptp.decoding.allocation import allocate
-from ptp.decoding.cache import RollbackCache
+from ptp.cache import RollbackCache
 from ptp.decoding.layout import CallLayout, call_mask
 from ptp.decoding.requests import Request, make_request
 from ptp.model.ptp_model import PTPModel
@@ -101,7 +101,7 @@ class Decoder:
     @torch.inference_mode()
     def steps(self, request: Request) -> Iterator[Step]:
         """The decoding loop: allocate → layout → call → verify → commit → draft. Yields each call's verified tokens."""
-        lead = self.model.config.lead
+        lead = self.model.ptp_config.lead
         tokens = list(request.prompt_ids)
         cache = RollbackCache(self.model.num_layers, len(tokens) + request.max_new_tokens + self.budget)
         pending = self._prefill(tokens, cache)
@@ -152,7 +152,7 @@ class Decoder:
             window = model.embed_windows(u[branch + index], anchor, index == 0)
             inputs = torch.cat([model.token_embedding(inputs), window.unsqueeze(0)], dim=1)
             first_open = num_cached + layout.num_pending
-            positions = torch.cat([positions, first_open + model.config.shift + branch + index])
+            positions = torch.cat([positions, first_open + model.ptp_config.shift + branch + index])
             gate_start = layout.gate_start
         return model.call(
             inputs,
@@ -165,7 +165,7 @@ class Decoder:
 
     def _draft(self, logits: Tensor, u: Tensor) -> tuple[list[int], list[float]]:
         """Drafts and their confidences from the rows of the branch that came true. u: from the first draft's on."""
-        if self.model.config.variant == "one_hot":
+        if self.model.ptp_config.variant == "one_hot":
             best = logits[1:].float().softmax(-1).max(-1)
             return best.indices.tolist(), best.values.tolist()
         distribution = warp(logits, self.rule)

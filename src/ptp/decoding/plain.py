@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from ptp.decoding.cache import RollbackCache
+from ptp.cache import RollbackCache
 from ptp.decoding.requests import Request
 from ptp.sampling import SamplingRule, pick, warp
 

@@ -10,6 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptp.errors import DecodingError
+from ptp.model.ptp_model import context_length
+from ptp.model.ptp_model import end_token_ids as model_end_token_ids
 from ptp.sampling import uniform
 
 
@@ -50,7 +52,7 @@ def make_request(
     """
     ids = torch.as_tensor(prompt_ids).tolist()
     vocab_size = base_model.get_input_embeddings().weight.shape[0]
-    context = getattr(base_model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(base_model)
     if not ids or not isinstance(ids[0], int):
         raise DecodingError(f"the prompt must be a sequence of at least one token id; got shape {_shape(prompt_ids)}")
     if not 0 <= min(ids) <= max(ids) < vocab_size:
@@ -64,16 +66,10 @@ def make_request(
     if context is not None:
         max_new_tokens = min(max_new_tokens, context - len(ids))
     if end_token_ids is None:
-        end_token_ids = default_end_token_ids(base_model)
+        end_token_ids = model_end_token_ids(base_model)
     places = len(ids) + torch.arange(max_new_tokens)
     u = uniform(seed, sequence, places).to(base_model.device)
     return Request(ids, max_new_tokens, frozenset(end_token_ids), u)
-
-
-def default_end_token_ids(base_model: PreTrainedModel) -> list[int]:
-    """The end tokens of the model's generation config; many chat models have several."""
-    eos = base_model.generation_config.eos_token_id
-    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
 
 def _shape(ids: Sequence[int] | Tensor) -> tuple[int, ...]:

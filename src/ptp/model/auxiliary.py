@@ -46,11 +46,13 @@ class FourierEmbedding(nn.Module):
 
     def __init__(self, size: int, hidden_size: int) -> None:
         super().__init__()
+        _check_octaves(size)
         self.linear = nn.Linear(2 * size, hidden_size)
-        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(size), persistent=False)
+        # Powers of two stay exact when the module is cast to bfloat16; π would not.
+        self.register_buffer("frequencies", 2.0 ** torch.arange(size), persistent=False)
 
     def forward(self, u: Tensor) -> Tensor:
-        angles = u.float().unsqueeze(-1) * self.frequencies
+        angles = math.pi * (u.float().unsqueeze(-1) * self.frequencies.float())
         return self.linear(torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.linear.weight.dtype))
 
 
@@ -59,11 +61,12 @@ class SawtoothEmbedding(nn.Module):
 
     def __init__(self, size: int, hidden_size: int) -> None:
         super().__init__()
+        _check_octaves(size)
         self.linear = nn.Linear(size, hidden_size)
         self.register_buffer("frequencies", 2.0 ** torch.arange(size), persistent=False)
 
     def forward(self, u: Tensor) -> Tensor:
-        teeth = (u.float().unsqueeze(-1) * self.frequencies).frac()
+        teeth = (u.float().unsqueeze(-1) * self.frequencies.float()).frac()
         return self.linear((2 * teeth - 1).to(self.linear.weight.dtype))
 
 
@@ -88,6 +91,15 @@ class NoEmbedding(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         return self.mask.expand(*u.shape, -1)
+
+
+MAX_OCTAVES = 64
+"""u has 24 random bits; frequencies far beyond them say nothing and overflow."""
+
+
+def _check_octaves(size: int) -> None:
+    if size > MAX_OCTAVES:
+        raise ConfigError(f"auxiliary_size counts powers of two here and must be at most {MAX_OCTAVES}; got {size}")
 
 
 EMBEDDINGS: dict[str, type[nn.Module]] = {

@@ -5,16 +5,29 @@ Shapes: B rows, S context tokens, N windows of L positions, H hidden size, V voc
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ptp.config import PTPConfig
+from ptp.errors import AdapterError, ConfigError
+from ptp.model.adapter import (
+    AdapterSettings,
+    find_adapter,
+    fingerprint,
+    load_weights,
+    read_settings,
+    resolve_base_model,
+    save_adapter,
+)
 from ptp.model.auxiliary import make_auxiliary_embedding
 from ptp.model.gated_lora import Gate, add_gated_lora
+from ptp.model.loading import load_base_model
 from ptp.model.masks import context_mask, window_mask
 from ptp.sampling import SamplingRule
 
@@ -35,18 +48,61 @@ class PTPModel(nn.Module):
 
     def __init__(self, base_model: PreTrainedModel, config: PTPConfig | None = None) -> None:
         super().__init__()
-        self.config = config or PTPConfig()
+        self.ptp_config = config or PTPConfig()
+        _check_attention(base_model)
         self.base_model = base_model.requires_grad_(False)
         self.gate = Gate()
         add_gated_lora(
-            base_model, self.config.lora_targets, self.config.lora_rank, self.config.lora_alpha, self.gate
+            base_model, self.ptp_config.lora_targets, self.ptp_config.lora_rank, self.ptp_config.lora_alpha, self.gate
         )
         tokens = self.token_embedding.weight
         self.auxiliary = make_auxiliary_embedding(
-            self.config.auxiliary, self.config.auxiliary_size, tokens.shape[1], tokens.float().square().mean().sqrt()
+            self.ptp_config.auxiliary, self.ptp_config.auxiliary_size, tokens.shape[1], tokens.float().square().mean().sqrt()
         ).to(tokens.device)
         self.rule: SamplingRule | None = None
-        self.survival: tuple[float, ...] = tuple(0.5**k for k in range(1, self.config.num_drafts + 1))
+        self.survival: tuple[float, ...] = tuple(0.5**k for k in range(1, self.ptp_config.num_drafts + 1))
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, base_model: PreTrainedModel | None = None, dtype: str | torch.dtype = "auto"
+    ) -> PTPModel:
+        """Load an adapter or experiment directory, with the base model it names unless one is given.
+
+        The adapter takes the base model's dtype. Raises `AdapterError` if the directory holds no valid adapter or it
+        was made for another base model.
+        """
+        adapter = find_adapter(directory)
+        settings = read_settings(adapter)
+        if base_model is None:
+            base_model = load_base_model(resolve_base_model(adapter, settings.base_model), dtype)
+        found = fingerprint(base_model)
+        if found != settings.base_fingerprint:
+            raise AdapterError(
+                f"the adapter in {adapter} was made for {settings.base_model} ({settings.base_fingerprint[:12]}); "
+                f"got {base_model.config.name_or_path or 'another model'} ({found[:12]})"
+            )
+        model = cls(base_model, settings.config)
+        model.load_adapter(adapter)
+        model.rule, model.survival = settings.rule, settings.survival
+        return model.to(model.dtype).eval()
+
+    def load_adapter(self, adapter: Path) -> None:
+        """Fill LoRA and auxiliary embedding from an adapter directory; every key and shape must match."""
+        load_weights(adapter, self.base_model, self.auxiliary)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write an adapter directory (see `ptp.model.adapter`)."""
+        directory = Path(directory)
+        name = self.base_model.config.name_or_path
+        settings = AdapterSettings(
+            # A local base model is found again when both directories move together.
+            base_model=os.path.relpath(name, directory) if Path(name).is_dir() else name,
+            base_fingerprint=fingerprint(self.base_model),
+            config=self.ptp_config,
+            rule=self.rule,
+            survival=self.survival,
+        )
+        save_adapter(directory, self.base_model, self.auxiliary, settings)
 
     @property
     def num_layers(self) -> int:
@@ -71,10 +127,10 @@ class PTPModel(nn.Module):
         whether it is its window's first position.
         """
         embedded = self.auxiliary(u).to(self.dtype)
-        if self.config.anchor == "none":
+        if self.ptp_config.anchor == "none":
             return embedded
         token = self.token_embedding(anchor)
-        return embedded + (token if self.config.anchor == "all" else token * first.unsqueeze(-1))
+        return embedded + (token if self.ptp_config.anchor == "all" else token * first.unsqueeze(-1))
 
     def call(
         self,
@@ -125,7 +181,10 @@ class PTPModel(nn.Module):
         offsets = torch.arange(window, device=starts.device)
         anchor = ids.gather(1, starts - 1).unsqueeze(-1).expand_as(u)
         inputs = self.embed_windows(u, anchor, (offsets == 0).expand_as(u)).flatten(1, 2)
-        window_positions = (positions.gather(1, starts).unsqueeze(-1) + offsets + self.config.shift).flatten(1)
+        window_positions = (positions.gather(1, starts).unsqueeze(-1) + offsets + self.ptp_config.shift).flatten(1)
+        if (context := context_length(self.base_model)) is not None:
+            # A window may run past the end of a document as long as the context; nothing there is trained.
+            window_positions = window_positions.clamp(max=context - 1)
         windows = self.call(
             inputs, window_positions, window_mask(document, starts, window), cache, gate_start=0
         )
@@ -136,3 +195,28 @@ class PTPModel(nn.Module):
         if mask is None or self.base_model.config._attn_implementation == "sdpa":
             return mask
         return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
+
+
+def end_token_ids(base_model: PreTrainedModel) -> list[int]:
+    """The end tokens of the model's generation config; many chat models have several."""
+    eos = base_model.generation_config.eos_token_id
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def context_length(base_model: PreTrainedModel) -> int | None:
+    """Positions the model was made for; None if its config does not say."""
+    return getattr(base_model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _check_attention(base_model: PreTrainedModel) -> None:
+    """Raises `ConfigError` for a model whose layers do not all attend to the whole context."""
+    config = base_model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    window, context = getattr(config, "sliding_window", None), context_length(base_model)
+    slides = window is not None and getattr(config, "use_sliding_window", True) and (context or window + 1) > window
+    if kinds or (slides and getattr(config, "layer_types", None) is None):
+        kind = ", ".join(sorted(kinds)) or f"a sliding window of {window}"
+        raise ConfigError(
+            f"{type(base_model).__name__} has layers with {kind}; only layers that attend to the whole context are "
+            "supported so far, because a decoding call sets its own attention mask"
+        )

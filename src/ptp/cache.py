@@ -48,6 +48,10 @@ class RollbackLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def select_rows(self, keep: Tensor) -> None:
+        """Keep the rows of a boolean mask (B,)."""
+        self.keys, self.values = self.keys[keep], self.values[keep]
+
     def _grow(self, capacity: int) -> None:
         extra = capacity - self.capacity
         self.keys = torch.cat([self.keys, self.keys[:, :, :1].repeat(1, 1, extra, 1)], dim=2)
@@ -66,3 +70,8 @@ class RollbackCache(Cache):
         for layer in self.layers:
             assert length <= layer.length, f"cannot roll back to {length} from {layer.length}"
             layer.length = length
+
+    def select_rows(self, keep: Tensor) -> None:
+        """Keep the rows of a boolean mask (B,); the others have ended."""
+        for layer in self.layers:
+            layer.select_rows(keep)

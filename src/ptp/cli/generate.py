@@ -1,0 +1,79 @@
+"""`ptp generate DIR --prompt TEXT`: write a text, several tokens per call."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ptp.cli.common import console, run
+from ptp.errors import DecodingError
+
+
+def command(
+    directory: Annotated[Path, typer.Argument(help="Experiment or adapter directory.")],
+    prompt: Annotated[
+        Optional[str], typer.Option(help="Text to complete [default: standard input].", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Names the stream of u: same seed, same text.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 128,
+    budget: Annotated[int, typer.Option(min=0, help="Positions a call may spend on drafts; 0 decodes plainly.")] = 24,
+    temperature: Annotated[Optional[float], typer.Option(help="Instead of the adapter's own.")] = None,
+    top_k: Annotated[Optional[int], typer.Option(help="Instead of the adapter's own.")] = None,
+    top_p: Annotated[Optional[float], typer.Option(help="Instead of the adapter's own.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or the checkpoint's own.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with tokens, u and counts.")] = False,
+) -> None:
+    """Complete a prompt; only verified text is printed."""
+    from ptp.decoding.decoder import Decoder
+    from ptp.model.adapter import find_adapter, read_settings, resolve_base_model
+    from ptp.model.loading import load_tokenizer
+    from ptp.model.ptp_model import PTPModel
+    from ptp.sampling import SamplingRule
+
+    adapter = find_adapter(directory)
+    settings = read_settings(adapter)
+    trained_rule = settings.rule or SamplingRule()
+    changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    rule = SamplingRule(**{**trained_rule.model_dump(), **{k: v for k, v in changes.items() if v is not None}})
+    if rule != trained_rule:
+        console.print(f"note: the adapter was trained for {trained_rule}; under {rule} it accepts fewer drafts")
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise DecodingError("no prompt: give --prompt TEXT, or a text on standard input")
+        prompt = sys.stdin.read()
+    tokenizer = load_tokenizer(resolve_base_model(adapter, settings.base_model))
+    model = PTPModel.from_pretrained(adapter, dtype=dtype)
+    prompt_ids = tokenizer(prompt)["input_ids"]
+    out = Decoder(model, rule, budget).generate(prompt_ids, max_new_tokens, seed)
+    text = tokenizer.decode(out.token_ids, skip_special_tokens=True)
+    if not as_json:
+        print(text)
+        console.print(
+            f"{len(out.token_ids)} tokens, {out.num_calls} calls, {out.tokens_per_call:.2f} tokens per call", style="dim"
+        )
+        return
+    record = {
+        "prompt_ids": prompt_ids,
+        "token_ids": out.token_ids,
+        "u": out.u,
+        "text": text,
+        "num_calls": out.num_calls,
+        "num_draft_tokens": out.num_draft_tokens,
+        "num_accepted_tokens": out.num_accepted_tokens,
+        "tokens_per_call": out.tokens_per_call,
+        "sampling": rule.model_dump(mode="json"),
+        "seed": seed,
+        "base_model": settings.base_model,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "finish_reason": out.finish_reason,
+    }
+    print(json.dumps(record))
+
+
+def main() -> None:
+    """Entry point of `ptp_generate`."""
+    run(lambda: typer.run(command))

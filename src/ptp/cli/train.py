@@ -1,0 +1,36 @@
+"""`ptp train DIR`: train the adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ptp.cli.common import console, progress_bar, run
+
+
+def command(
+    directory: Annotated[Path, typer.Argument(help="Experiment directory.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="Settings as section.key=value.")] = None,
+    budget: Annotated[int, typer.Option(min=0, help="Budget that the simulated tokens per call are for.")] = 24,
+) -> None:
+    """Train the adapter on the completions; goes on from the last checkpoint."""
+    from ptp.cli.training_progress import TrainingProgress
+    from ptp.evaluation.acceptance import simulated_tokens_per_call
+    from ptp.experiment import Experiment
+    from ptp.stages import train
+
+    experiment = Experiment.load(directory, overrides or [])
+    with progress_bar("training steps") as progress:
+        result = train(experiment, [TrainingProgress(progress)])
+    simulated = simulated_tokens_per_call(result.survival, budget, experiment.config.model.lead)
+    console.print(
+        f"held-out windows: {sum(result.survival):.2f} drafts right before the first error, "
+        f"simulated {simulated:.2f} tokens per call at budget {budget}; adapter in {experiment.adapter}"
+    )
+
+
+def main() -> None:
+    """Entry point of `ptp_train`."""
+    run(lambda: typer.run(command))

@@ -1,0 +1,39 @@
+"""What an acceptance profile promises before anything is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ptp.decoding.allocation import allocate
+
+STEADY_CALLS = 50
+"""Calls after which the number of drafts at hand has settled."""
+
+
+def simulated_tokens_per_call(survival: Sequence[float], budget: int, lead: int) -> float:
+    """τ that decoding would reach if every draft were accepted as the profile says.
+
+    Follows the chance of having m drafts at hand from call to call: each call verifies what the allocation chooses
+    and leaves the chosen branch's drafts for the next. Confidences are the profile's own conditional rates.
+    """
+    window = len(survival)
+    rates = [s / before if before > 0 else 0.0 for s, before in zip(survival, [1.0, *survival], strict=False)]
+    plans = [allocate(rates[:m], survival, budget, remaining=10**6, lead=lead) for m in range(window + 1)]
+    at_hand = np.zeros(window + 1)
+    at_hand[0] = 1.0
+    tokens = 1.0
+    for _ in range(STEADY_CALLS):
+        following, tokens = np.zeros(window + 1), 1.0
+        for m, share in enumerate(at_hand):
+            if share == 0:
+                continue
+            plan = plans[m]
+            reached = [1.0, *survival[: plan.num_drafts], 0.0]
+            for accepted, width in enumerate(plan.widths):
+                exactly = reached[accepted] - reached[accepted + 1]
+                following[width] += share * exactly
+                tokens += share * exactly * accepted
+        at_hand = following
+    return tokens

@@ -1,0 +1,142 @@
+"""Verify an experiment on its held-out prompts, and gather what its report shows."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers
+
+from ptp.decoding.decoder import Decoder
+from ptp.evaluation.acceptance import simulated_tokens_per_call
+from ptp.evaluation.report import Report, Sample, Speed, pieces
+from ptp.evaluation.verify import Verification, verify
+from ptp.experiment import FILES, Experiment
+from ptp.model.loading import load_base_model, load_tokenizer
+from ptp.model.ptp_model import PTPModel
+from ptp.stages import read_training_result, validation_prompts
+
+SMALL_MODEL = 50_000_000
+"""Parameters below which a decoding call on a CPU is too short to share among threads."""
+
+
+def verify_experiment(
+    experiment: Experiment,
+    *,
+    num_prompts: int,
+    max_new_tokens: int,
+    budget: int,
+    seed: int = 0,
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Verification:
+    """Decode held-out prompts in parallel and plainly, with the base model loaded anew for the plain side."""
+    plain_model = load_base_model(experiment.base_model, dtype).eval()
+    model = PTPModel.from_pretrained(experiment.directory, dtype=dtype)
+    prompts = validation_prompts(experiment, num_prompts)
+    decoder = Decoder(model, experiment.config.sampling, budget)
+    comparisons = []
+    with decoding_threads(plain_model.num_parameters()):
+        # One prompt unmeasured: the first calls of a process pay for what later ones reuse.
+        list(verify(decoder, plain_model, prompts[:1], max_new_tokens=8, seed=seed, repetitions=1))
+        progress(0, len(prompts))
+        for comparison in verify(decoder, plain_model, prompts, max_new_tokens=max_new_tokens, seed=seed):
+            comparisons.append(comparison)
+            progress(len(comparisons), len(prompts))
+    return Verification(comparisons)
+
+
+@contextmanager
+def decoding_threads(num_parameters: int) -> Iterator[None]:
+    """One thread for small models on a CPU: both ways of decoding are then faster than with several."""
+    before = torch.get_num_threads()
+    if num_parameters < SMALL_MODEL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def make_report(experiment: Experiment, verification: Verification, budget: int) -> Report:
+    """Everything the experiment's page shows."""
+    config, result = experiment.config, read_training_result(experiment)
+    tokenizer = load_tokenizer(experiment.base_model)
+    comparisons = verification.comparisons
+    samples = [
+        Sample(
+            prompt=tokenizer.decode(c.request.prompt_ids, skip_special_tokens=True),
+            pieces=pieces(c.generation, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)),
+            tokens_per_call=c.generation.tokens_per_call,
+            num_calls=c.generation.num_calls,
+            lossless=c.verdict == "identical",
+        )
+        for c in comparisons
+    ]
+    settings = {
+        name.removesuffix(".yaml"): {key: str(value) for key, value in _flat(config.model_dump(mode="json"), keys)}
+        for name, keys in FILES.items()
+    }
+    settings["decoding"] = {"budget": str(budget), "verified by": f"ptp verify {experiment.directory} --report"}
+    return Report(
+        title=experiment.directory.name,
+        model=config.base_model,
+        hardware=hardware(),
+        date=datetime.date.today().isoformat(),
+        tokens_per_call=verification.tokens_per_call,
+        tokens_per_call_simulated=simulated_tokens_per_call(result.survival, budget, config.model.lead),
+        speedup=verification.speedup,
+        overhead=verification.overhead,
+        num_prompts=len(comparisons),
+        num_mismatches=verification.count("mismatch"),
+        num_near_ties=verification.count("near-tie"),
+        samples=samples,
+        accepted_per_call=[step.num_accepted for c in comparisons for step in c.generation.steps],
+        accuracy_by_index=result.accuracy,
+        speeds=[
+            _speed("plain decoding", verification.tokens_per_second(parallel=False)),
+            _speed("PTP", verification.tokens_per_second(parallel=True)),
+        ],
+        curves={name: [(int(step), value) for step, value in points] for name, points in result.curves.items()},
+        settings=settings,
+    )
+
+
+def hardware() -> str:
+    """The processor or accelerator and the library versions, in one line."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{_processor()}, {os.cpu_count()} cores"
+    return f"{device}; torch {torch.__version__}, transformers {transformers.__version__}"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _speed(name: str, values: list[float]) -> Speed:
+    if len(values) < 2:
+        return Speed(name, values[0], (values[0], values[0]))
+    lower, median, upper = statistics.quantiles(values, n=4)
+    return Speed(name, median, (lower, upper))
+
+
+def _flat(values: dict[str, object], keys: tuple[str, ...]) -> Iterator[tuple[str, object]]:
+    for key in keys:
+        value = values[key]
+        if isinstance(value, dict):
+            yield from ((f"{key}.{inner}", content) for inner, content in value.items())
+        else:
+            yield key, value

@@ -1,0 +1,176 @@
+"""Adapter directories: what training writes and decoding loads (METHOD §2; docs/formats.md).
+
+    adapter_config.json         PEFT's LoRA configuration
+    adapter_model.safetensors   LoRA weights under PEFT's names
+    auxiliary.safetensors       the embedding of u
+    ptp_config.json             our settings: PTPConfig, sampling rule, acceptance profile, base model and its hash
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ptp.config import PTPConfig
+from ptp.errors import AdapterError, ConfigError
+from ptp.model.gated_lora import GatedLoRA, lora_layers
+from ptp.records import Record
+from ptp.sampling import SamplingRule
+
+SETTINGS = "ptp_config.json"
+LORA_WEIGHTS = "adapter_model.safetensors"
+AUXILIARY_WEIGHTS = "auxiliary.safetensors"
+FINGERPRINT_SAMPLES = 512
+
+
+class AdapterSettings(Record):
+    """Contents of ptp_config.json.
+
+    base_model: hub id, or a path that is tried relative to the adapter directory first. base_fingerprint: see
+    `fingerprint`. rule: the sampling rule of the training data. survival: s_1 … s_L of the acceptance profile.
+    """
+
+    format_version: int = 1
+    base_model: str
+    base_fingerprint: str
+    config: PTPConfig
+    rule: SamplingRule | None = None
+    survival: tuple[float, ...]
+
+
+def fingerprint(base_model: nn.Module) -> str:
+    """A hash of a model's weights: names, shapes and a fixed sample of values of every parameter.
+
+    Values are compared in bfloat16, so that one model loaded in float32 and in bfloat16 is the same model.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(_base_parameters(base_model).items()):
+        flat = parameter.detach().flatten()
+        stride = max(1, flat.numel() // FINGERPRINT_SAMPLES)
+        sample = flat[::stride][:FINGERPRINT_SAMPLES].to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def find_adapter(directory: str | Path) -> Path:
+    """The adapter in an adapter directory or an experiment directory. Raises `AdapterError` when there is none."""
+    directory = Path(directory)
+    for candidate in (directory, directory / "adapter"):
+        if (candidate / SETTINGS).is_file():
+            return candidate
+    if not directory.is_dir():
+        raise AdapterError(f"no such directory: {directory}; expected an experiment or adapter directory")
+    raise AdapterError(f"{directory} holds no adapter ({SETTINGS} or adapter/{SETTINGS}); train one with ptp_train")
+
+
+def read_settings(adapter: Path) -> AdapterSettings:
+    """ptp_config.json, checked. Raises `AdapterError` if it is corrupt."""
+    try:
+        return AdapterSettings.model_validate_json((adapter / SETTINGS).read_text())
+    except (ConfigError, ValidationError, UnicodeDecodeError) as error:
+        line = str(error).splitlines()[0]
+        raise AdapterError(f"{adapter / SETTINGS} is not a valid adapter configuration: {line}") from None
+
+
+def resolve_base_model(adapter: Path, base_model: str) -> str:
+    """A base model's path relative to the adapter directory if there is such a directory, else as it stands."""
+    nearby = adapter / base_model
+    return str(nearby.resolve()) if nearby.is_dir() else base_model
+
+
+def save_adapter(directory: Path, base_model: nn.Module, auxiliary: nn.Module, settings: AdapterSettings) -> None:
+    """Write an adapter directory; each file appears whole or not at all, the settings last."""
+    directory.mkdir(parents=True, exist_ok=True)
+    layers = lora_layers(base_model)
+    weights = {
+        f"base_model.model.{name}.{which}.weight": getattr(layer, which).detach().float().cpu().contiguous()
+        for name, layer in layers.items()
+        for which in ("lora_A", "lora_B")
+    }
+    _write(directory / LORA_WEIGHTS, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    extra = {name: tensor.detach().float().cpu().contiguous() for name, tensor in auxiliary.state_dict().items()}
+    _write(directory / AUXILIARY_WEIGHTS, lambda path: save_file(extra, path, metadata={"format": "pt"}))
+    lora = LoraConfig(
+        r=settings.config.lora_rank,
+        lora_alpha=settings.config.lora_alpha,
+        target_modules=sorted(layers),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=settings.base_model,
+        inference_mode=True,
+    )
+    lora.save_pretrained(str(directory))
+    text = json.dumps(settings.model_dump(mode="json"), indent=2) + "\n"
+    _write(directory / SETTINGS, lambda path: Path(path).write_text(text))
+
+
+def load_weights(directory: Path, base_model: nn.Module, auxiliary: nn.Module) -> None:
+    """Fill gated layers and embedding from an adapter directory; every key must match in name and shape."""
+    lora = {
+        f"base_model.model.{name}.{which}.weight": getattr(layer, which)
+        for name, layer in lora_layers(base_model).items()
+        for which in ("lora_A", "lora_B")
+    }
+    _fill(directory / LORA_WEIGHTS, lora)
+    _fill(directory / AUXILIARY_WEIGHTS, dict(auxiliary.named_parameters()))
+
+
+def _fill(path: Path, parameters: dict[str, Tensor]) -> None:
+    try:
+        stored = load_file(path)
+    except FileNotFoundError:
+        raise AdapterError(f"{path} is missing: the adapter directory is incomplete") from None
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is corrupt ({error}); train again or restore it from a checkpoint") from None
+    missing, unknown = sorted(parameters.keys() - stored.keys()), sorted(stored.keys() - parameters.keys())
+    if missing or unknown:
+        raise AdapterError(
+            f"{path} does not fit the model: {len(missing)} keys missing (first: {missing[:1]}), "
+            f"{len(unknown)} unknown (first: {unknown[:1]})"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != stored[name].shape:
+                raise AdapterError(
+                    f"{path}: {name} has shape {tuple(stored[name].shape)}, expected {tuple(parameter.shape)}"
+                )
+            parameter.copy_(stored[name])
+
+
+def _base_parameters(base_model: nn.Module) -> dict[str, Tensor]:
+    """Parameters under the names they have in the unwrapped model."""
+    wrapped = {id(p) for layer in lora_layers(base_model).values() for p in (layer.lora_A, layer.lora_B)}
+    return {
+        _plain_name(base_model, name): parameter
+        for name, parameter in base_model.named_parameters()
+        if id(parameter) not in wrapped
+    }
+
+
+def _plain_name(base_model: nn.Module, name: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    parent, _, child = module.rpartition(".")
+    if child == "base" and isinstance(base_model.get_submodule(parent), GatedLoRA):
+        return f"{parent}.{leaf}"
+    return name
+
+
+def _write(path: Path, write: Any) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -1,0 +1,32 @@
+"""Loading base models and tokenizers, with errors in one line."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ptp.errors import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_base_model(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
+    """Any causal LM by hub id or local path. dtype: a name in `DTYPES`, or "auto" for the checkpoint's own."""
+    if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}; got '{dtype}'")
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES.get(dtype, dtype))
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"cannot load the base model '{name}': {_first_line(error)}") from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a base model."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"cannot load the tokenizer of '{name}': {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

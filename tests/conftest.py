@@ -1,0 +1,123 @@
+"""Tiny random models and adapters: everything runs on the CPU, from configurations, without network or files."""
+
+import os
+
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from ptp.model.gated_lora import lora_layers
+from ptp.model.ptp_model import PTPModel
+
+torch.set_num_threads(1)
+settings.register_profile(
+    "ptp", deadline=None, print_blob=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("ptp")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., LlamaForCausalLM]:
+    """Makes a Llama with weights large enough that its distributions vary; bos 0, end 1, padding 2."""
+
+    def make(
+        vocab_size: int = 40,
+        hidden: int = 32,
+        layers: int = 2,
+        context: int = 512,
+        attention: str = "sdpa",
+        seed: int = 0,
+    ) -> LlamaForCausalLM:
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=context,
+            initializer_range=0.3,
+            bos_token_id=0,
+            eos_token_id=[1],
+            pad_token_id=2,
+            attn_implementation=attention,
+        )
+        return LlamaForCausalLM(config).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2() -> Callable[..., GPT2LMHeadModel]:
+    """Makes a GPT-2: Conv1D layers and learned positions, which cannot be passed."""
+
+    def make(
+        vocab_size: int = 40, hidden: int = 32, layers: int = 2, context: int = 64, seed: int = 0
+    ) -> GPT2LMHeadModel:
+        torch.manual_seed(seed)
+        config = GPT2Config(
+            vocab_size=vocab_size,
+            n_embd=hidden,
+            n_layer=layers,
+            n_head=2,
+            n_positions=context,
+            initializer_range=0.3,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        )
+        return GPT2LMHeadModel(config).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral() -> Callable[..., MistralForCausalLM]:
+    """Makes a Mistral, whose attention slides: a token sees the last `sliding_window` ones only."""
+
+    def make(vocab_size: int = 40, hidden: int = 32, sliding_window: int = 4, seed: int = 0) -> MistralForCausalLM:
+        torch.manual_seed(seed)
+        config = MistralConfig(
+            vocab_size=vocab_size,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            initializer_range=0.3,
+            sliding_window=sliding_window,
+            bos_token_id=0,
+            eos_token_id=[1],
+            pad_token_id=2,
+        )
+        return MistralForCausalLM(config).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_adapter() -> Callable[..., PTPModel]:
+    """Fills every lora_B with noise, so that a model drafts wrongly in every way; returns the model."""
+
+    def fill(model: PTPModel, std: float = 1.0, seed: int = 0) -> PTPModel:
+        generator = torch.Generator().manual_seed(seed)
+        for layer in lora_layers(model).values():
+            with torch.no_grad():
+                layer.lora_B.normal_(std=std, generator=generator)
+        return model
+
+    return fill

@@ -1,0 +1,103 @@
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptp.decoding.allocation import Allocation, allocate
+
+chances = st.floats(0, 1)
+confidences = st.lists(chances, max_size=6)
+survivals = st.lists(chances, max_size=5).map(lambda steps: np.cumprod(steps).tolist())
+
+
+def expected_tokens(drafts: list[float], survival: list[float], widths: tuple[int, ...]) -> float:
+    """The objective: Σ_j S_j accepted in this call, and Σ_b P_b · H(w_b) in the next."""
+    reached = np.cumprod([1.0, *drafts])
+    exactly = reached * (1 - np.append(drafts, 0.0))
+    profile = np.concatenate([[0.0], np.cumsum(survival)])
+    return float(reached[1:].sum() + sum(p * profile[w] for p, w in zip(exactly, widths, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("budget", "remaining", "expected"),
+    [
+        (5, 99, Allocation(2, (0, 1, 2))),
+        (2, 99, Allocation(2, (0, 0, 0))),
+        (9, 99, Allocation(3, (1, 2, 2, 1))),
+        (99, 99, Allocation(3, (2, 2, 2, 2))),
+        (99, 3, Allocation(2, (2, 1, 0))),
+        (99, 1, Allocation(0, (0,))),
+        (0, 99, Allocation(0, (0,))),
+    ],
+)
+def test_the_docstring_s_three_drafts(budget: int, remaining: int, expected: Allocation) -> None:
+    assert allocate([0.9, 0.8, 0.1], [0.5, 0.25], budget, remaining) == expected
+
+
+@given(
+    st.lists(chances, max_size=3),
+    st.lists(chances, min_size=1, max_size=3).map(lambda steps: np.cumprod(steps).tolist()),
+    st.integers(0, 8),
+    st.integers(1, 6),
+)
+def test_widths_are_as_good_as_any_for_the_drafts_verified(
+    drafts: list[float], survival: list[float], budget: int, remaining: int
+) -> None:
+    allocation = allocate(drafts, survival, budget, remaining)
+    verified = drafts[: allocation.num_drafts]
+    rooms = [range(min(len(survival), max(0, remaining - 1 - b)) + 1) for b in range(len(verified) + 1)]
+    best = max(
+        expected_tokens(verified, survival, widths)
+        for widths in product(*rooms)
+        if sum(widths) <= budget - len(verified)
+    )
+    assert expected_tokens(verified, survival, allocation.widths) == pytest.approx(best, abs=1e-9)
+
+
+@given(confidences, survivals, st.integers(0, 20), st.integers(1, 12), st.integers(0, 1))
+def test_a_call_never_exceeds_its_budget(
+    drafts: list[float], survival: list[float], budget: int, remaining: int, lead: int
+) -> None:
+    allocation = allocate(drafts, survival, budget, remaining, lead)
+    opened = [width for width in allocation.widths if width]
+    assert allocation.num_positions(lead) == allocation.num_drafts + sum(opened) + lead * len(opened) <= budget
+    assert allocation.num_drafts <= len(drafts)
+    assert len(allocation.widths) == allocation.num_drafts + 1
+    assert all(0 <= width <= len(survival) for width in allocation.widths)
+
+
+@given(confidences, survivals, st.integers(0, 20), st.integers(1, 12), st.integers(0, 1))
+def test_nothing_is_drafted_beyond_the_tokens_that_remain(
+    drafts: list[float], survival: list[float], budget: int, remaining: int, lead: int
+) -> None:
+    allocation = allocate(drafts, survival, budget, remaining, lead)
+    assert allocation.num_drafts <= remaining - 1
+    assert all(branch + 1 + width <= remaining for branch, width in enumerate(allocation.widths) if width)
+
+
+@given(st.integers(1, 30), st.integers(0, 1))
+def test_sure_drafts_are_all_verified_and_only_the_last_branch_is_widened(budget: int, lead: int) -> None:
+    allocation = allocate([1.0] * 4, [0.9**w for w in range(1, 9)], budget, 99, lead)
+    assert allocation.num_drafts == min(4, budget)
+    assert not any(allocation.widths[:-1])
+    left = budget - allocation.num_drafts - lead
+    assert allocation.widths[-1] == min(8, max(0, left))
+
+
+@given(survivals.filter(bool), st.integers(0, 20))
+def test_drafts_that_cannot_be_right_are_not_verified(survival: list[float], budget: int) -> None:
+    assert allocate([0.0, 0.9], survival, budget, 99).num_drafts == 0
+
+
+def test_a_branch_pays_for_its_lead_once() -> None:
+    survival = [0.5, 0.25, 0.125]
+    assert allocate([], survival, 1, 99, lead=1) == Allocation(0, (0,))
+    assert allocate([], survival, 2, 99, lead=1) == Allocation(0, (1,))
+    assert allocate([], survival, 4, 99, lead=1) == Allocation(0, (3,))
+    assert allocate([], survival, 4, 99, lead=0) == Allocation(0, (3,))
+
+
+def test_without_a_profile_every_affordable_draft_is_verified_and_none_proposed() -> None:
+    assert allocate([0.5, 0.5], [], 9, 99) == Allocation(2, (0, 0, 0))

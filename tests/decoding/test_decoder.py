@@ -1,0 +1,194 @@
+import random
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from math import ceil
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ptp.config import PTPConfig
+from ptp.decoding.decoder import Decoder
+from ptp.decoding.requests import make_request
+from ptp.errors import DecodingError
+from ptp.model.ptp_model import PTPModel
+from ptp.sampling import SamplingRule
+
+PROMPT = [5, 3, 0, 4]
+
+
+@pytest.fixture(scope="module")
+def base(tiny_llama: Callable) -> PreTrainedModel:
+    return tiny_llama(40)
+
+
+class OracleDecoder(Decoder):
+    """Drafts that are right but for a share `wrong` of them."""
+
+    def __init__(self, model: PTPModel, truth: list[int], budget: int, wrong: float = 0.0) -> None:
+        super().__init__(model, SamplingRule(), budget)
+        self.truth, self.wrong, self.rng = truth, wrong, random.Random(sum(truth))
+
+    def _draft(self, logits: Tensor, u: Tensor) -> tuple[list[int], list[float]]:
+        begin = len(self.truth) - len(u)
+        drafts = self.truth[begin : begin + max(0, len(logits) - self.model.ptp_config.lead)]
+        flips = [self.rng.random() < self.wrong for _ in drafts]
+        confidences = [1 - self.wrong / 2 for _ in drafts]
+        return [(token + flip) % 40 for token, flip in zip(drafts, flips, strict=True)], confidences
+
+
+@pytest.fixture(params=["categorical", "one_hot"])
+def model(request: pytest.FixtureRequest, base: PreTrainedModel, random_adapter: Callable) -> PTPModel:
+    return random_adapter(PTPModel(deepcopy(base), PTPConfig(variant=request.param, window=8)))
+
+
+@pytest.mark.parametrize(("budget", "num_tokens"), [(40, 1), (40, 2), (40, 9), (40, 60), (10, 60), (1, 7), (0, 7)])
+def test_drafts_that_are_always_right_take_as_few_calls_as_the_window_and_budget_allow(
+    model: PTPModel, budget: int, num_tokens: int
+) -> None:
+    truth = Decoder(model, SamplingRule(), budget=0).generate(PROMPT, num_tokens, end_token_ids=[]).token_ids
+    generation = OracleDecoder(model, truth, budget).generate(PROMPT, num_tokens, end_token_ids=[])
+    assert generation.token_ids == truth
+    assert all(step.num_accepted == step.num_drafts for step in generation.steps)
+
+    calls, written, drafts = 0, 0, 0
+    while written < num_tokens:
+        calls += 1
+        drafts = min(drafts, budget, num_tokens - written - 1)
+        written += drafts + 1
+        drafts = min(model.ptp_config.num_drafts, max(0, budget - drafts - model.ptp_config.lead))
+    assert generation.num_calls == calls
+    if budget == 40:
+        assert calls == 1 + ceil((num_tokens - 1) / (model.ptp_config.num_drafts + 1))
+
+
+@pytest.mark.parametrize("budget", [0, 1, 10, 40])
+def test_drafts_that_are_never_right_cost_nothing_but_one_call_a_token(model: PTPModel, budget: int) -> None:
+    truth = Decoder(model, SamplingRule(), budget=0).generate(PROMPT, 30, end_token_ids=[]).token_ids
+    generation = OracleDecoder(model, truth, budget, wrong=1.0).generate(PROMPT, 30, end_token_ids=[])
+    assert generation.token_ids == truth
+    assert generation.num_calls == 30
+    assert generation.num_accepted_tokens == 0
+    assert (generation.num_draft_tokens > 0) == (budget > model.ptp_config.lead)
+
+
+@pytest.mark.parametrize("wrong", [0.1, 0.3, 0.6])
+@pytest.mark.parametrize("budget", [3, 12, 60])
+def test_drafts_that_are_partly_right_are_accepted_up_to_the_first_error(
+    model: PTPModel, budget: int, wrong: float
+) -> None:
+    generations = []
+    for seed in range(4):
+        truth = Decoder(model, SamplingRule(), 0).generate(PROMPT, 60, seed=seed, end_token_ids=[]).token_ids
+        generation = OracleDecoder(model, truth, budget, wrong).generate(PROMPT, 60, seed=seed, end_token_ids=[])
+        assert generation.token_ids == truth
+        assert generation.num_calls == 60 - generation.num_accepted_tokens
+        generations.append(generation)
+    accepted = sum(generation.num_accepted_tokens for generation in generations)
+    assert 0 < accepted < sum(generation.num_draft_tokens for generation in generations)
+
+
+@pytest.mark.parametrize("end", [0, 3, 5, 8])
+def test_a_text_is_cut_at_an_end_token_in_the_midst_of_right_drafts(model: PTPModel, end: int) -> None:
+    truth = Decoder(model, SamplingRule(), budget=0).generate(PROMPT, 20, end_token_ids=[]).token_ids
+    stops = [truth[end], 39]
+    generation = OracleDecoder(model, truth, 40).generate(PROMPT, 20, end_token_ids=stops)
+    length = next(i + 1 for i, token in enumerate(truth) if token in stops)
+    assert generation.token_ids == truth[:length]
+    assert generation.finish_reason == "stop"
+    assert sum(len(step.token_ids) for step in generation.steps) == len(generation.u) == length
+
+
+class SpyDecoder(OracleDecoder):
+    """Keeps the logits of every branch that came true with the number of tokens still to come behind its bonus."""
+
+    def __init__(self, model: PTPModel, truth: list[int], budget: int) -> None:
+        super().__init__(model, truth, budget, wrong=0.3)
+        self.seen: list[tuple[Tensor, int]] = []
+
+    def _draft(self, logits: Tensor, u: Tensor) -> tuple[list[int], list[float]]:
+        self.seen.append((logits.clone(), len(u)))
+        return super()._draft(logits, u)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["categorical", "one_hot"])
+@pytest.mark.parametrize("anchor", ["none", "first", "all"])
+def test_a_branch_that_came_true_is_the_training_window_behind_the_same_context(
+    base: PreTrainedModel, random_adapter: Callable, variant: str, anchor: str
+) -> None:
+    num_tokens = 40
+    model = random_adapter(PTPModel(deepcopy(base), PTPConfig(variant=variant, anchor=anchor, window=8)), std=0.1)
+    truth = Decoder(model, SamplingRule(), budget=0).generate(PROMPT, num_tokens, seed=4, end_token_ids=[])
+    decoder = SpyDecoder(model, truth.token_ids, budget=24)
+    decoder.generate(PROMPT, num_tokens, seed=4, end_token_ids=[])
+    ids = torch.tensor([PROMPT + truth.token_ids])
+    assert len(decoder.seen) > 3
+    for logits, num_behind in decoder.seen:
+        bonus = num_tokens - num_behind - 1
+        window = model(
+            ids=ids,
+            document=torch.zeros_like(ids),
+            positions=torch.arange(ids.shape[1]).unsqueeze(0),
+            starts=torch.tensor([[len(PROMPT) + bonus]]),
+            u=torch.tensor(truth.u[bonus : bonus + len(logits)]).view(1, 1, -1),
+        ).windows[0]
+        assert len(logits) > 0
+        torch.testing.assert_close(logits, window, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["categorical", "one_hot"])
+def test_drafts_and_confidences_are_read_from_the_branch_with_the_numbers_of_their_own_places(
+    base: PreTrainedModel, variant: str
+) -> None:
+    decoder = Decoder(PTPModel(deepcopy(base), PTPConfig(variant=variant)), SamplingRule())
+    logits = torch.tensor([[1.0, 1.0, 0.0, -9.0], [0.0, 2.0, 2.0, 1.0], [5.0, 0.0, 0.0, 0.0]])
+    u = torch.tensor([0.1, 0.5, 0.999, 0.3])
+    drafts, confidences = decoder._draft(logits, u)
+    probs = logits.softmax(-1)
+    if variant == "one_hot":
+        assert drafts == [1, 0]
+        assert confidences == pytest.approx([probs[1, 1].item(), probs[2, 0].item()])
+        return
+    expected = [int((row.cumsum(0) <= number).sum()) for row, number in zip(probs, u[:3], strict=True)]
+    assert drafts == expected
+    assert confidences == pytest.approx([row[token].item() for row, token in zip(probs, drafts, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ([], {}, "the prompt must be a sequence of at least one token id; got shape (0,)"),
+        ([[1, 2]], {}, "the prompt must be a sequence of at least one token id; got shape (1, 2)"),
+        ([0, 40], {}, "prompt ids must lie in [0, 40); got 0 … 40"),
+        ([-1, 2], {}, "prompt ids must lie in [0, 40); got -1 … 2"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens must be at least 1; got 0"),
+        ([1] * 512, {}, "the prompt has 512 tokens and the model's context is 512: shorten it to 511 at most"),
+    ],
+)
+def test_a_request_that_cannot_be_served_is_one_clear_line(
+    model: PTPModel, prompt: Sequence, settings: dict, message: str
+) -> None:
+    with pytest.raises(DecodingError) as error:
+        Decoder(model).generate(prompt, **settings)
+    assert str(error.value) == message
+
+
+def test_steps_stream_verified_tokens_as_they_are_settled(model: PTPModel) -> None:
+    decoder = Decoder(model)
+    request = make_request(model.base_model, PROMPT, 20, seed=2)
+    steps: Iterator = decoder.steps(request)
+    streamed = [token for step in steps for token in step.token_ids]
+    assert streamed == decoder.generate(PROMPT, 20, seed=2).token_ids
+
+
+def test_the_end_tokens_default_to_all_of_the_generation_config(base: PreTrainedModel) -> None:
+    base = deepcopy(base)
+    base.generation_config.eos_token_id = [1, 7]
+    assert make_request(base, PROMPT, 5, seed=0).end_token_ids == {1, 7}
+    base.generation_config.eos_token_id = 3
+    assert make_request(base, PROMPT, 5, seed=0).end_token_ids == {3}
+    base.generation_config.eos_token_id = None
+    assert make_request(base, PROMPT, 5, seed=0).end_token_ids == frozenset()
