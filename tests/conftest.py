@@ -5,7 +5,9 @@ import os
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +21,12 @@ from transformers import (
     MistralForCausalLM,
 )
 
+from ptp.config import PregenerateConfig, PTPConfig, TrainConfig
+from ptp.demo import make_tokenizer
+from ptp.experiment import ExperimentConfig
 from ptp.model.gated_lora import lora_layers
 from ptp.model.ptp_model import PTPModel
+from ptp.sampling import SamplingRule
 
 torch.set_num_threads(1)
 settings.register_profile(
@@ -121,3 +127,33 @@ def random_adapter() -> Callable[..., PTPModel]:
         return model
 
     return fill
+
+
+@pytest.fixture(scope="session")
+def tiny_experiment(tiny_llama: Callable[..., LlamaForCausalLM]) -> Callable[[Path], ExperimentConfig]:
+    """Writes a Llama with its tokenizer (model/) and prompts.jsonl; returns an experiment of seconds on them."""
+
+    def write(directory: Path, num_prompts: int = 24, seed: int = 0) -> ExperimentConfig:
+        prompts = [f"def f{number}({'x, ' * (number % 5)}y):" for number in range(num_prompts)]
+        tokenizer = make_tokenizer(prompts, 270)
+        tiny_llama(vocab_size=len(tokenizer), context=96, seed=seed).save_pretrained(directory / "model")
+        tokenizer.save_pretrained(directory / "model")
+        (directory / "prompts.jsonl").write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts))
+        return ExperimentConfig(
+            base_model=str(directory / "model"),
+            dataset=str(directory / "prompts.jsonl"),
+            sampling=SamplingRule(temperature=0.7, top_k=50, top_p=0.95),
+            pregenerate=PregenerateConfig(max_prompt_tokens=32, max_new_tokens=16, batch_size=5),
+            model=PTPConfig(window=4, lora_rank=2),
+            train=TrainConfig(
+                max_steps=4,
+                batch_size=8,
+                sequence_length=48,
+                windows_per_sequence=32,
+                warmup_steps=0,
+                bf16=False,
+                save_every=2,
+            ),
+        )
+
+    return write

@@ -20,7 +20,7 @@ class PTPConfig(Record):
     lora_rank, lora_alpha, lora_targets: the gated LoRA; targets are "all-linear" or last parts of module names.
     """
 
-    variant: Literal["categorical", "one_hot"] = "categorical"
+    variant: Literal["one_hot", "categorical"] = "one_hot"
     window: int = Field(16, ge=1)
     auxiliary: str = "binary"
     auxiliary_size: int = Field(32, ge=2)

@@ -26,6 +26,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -189,6 +190,7 @@ def train_teacher(
         optimizers=(make_optimizer("muon", model.named_parameters(), learning_rate), None),
         callbacks=list(callbacks),
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(directory.parent / "teacher-checkpoints"))
     temporary = directory.with_name(f".teacher-{os.getpid()}")
     model.save_pretrained(temporary)

@@ -1,9 +1,9 @@
 """An experiment directory: its files and their settings (docs/formats.md).
 
-    experiment.yaml    base model, dataset, prompt scheme, and the sampling rule that every stage uses
-    pregenerate.yaml   how completions are sampled          completions/  their store
-    train.yaml         PTP model and training               checkpoints/, adapter/
-    README.md          the next commands                    report.html
+experiment.yaml    base model, dataset, prompt scheme, and the sampling rule that every stage uses
+pregenerate.yaml   how completions are sampled          completions/  their store
+train.yaml         PTP model and training               checkpoints/, adapter/
+README.md          the next commands                    report.html
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import BaseModel, model_validator
 
 from ptp.config import PregenerateConfig, PTPConfig, TrainConfig
 from ptp.data.store import write_atomically
@@ -36,6 +36,12 @@ class ExperimentConfig(Record):
     pregenerate: PregenerateConfig = PregenerateConfig()
     model: PTPConfig = PTPConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _distillation(self) -> ExperimentConfig:
+        if self.train.distillation > 0 and self.model.variant != "categorical":
+            raise ValueError("train.distillation needs model.variant categorical: a one_hot window has no distribution")
+        return self
 
 
 FILES: dict[str, tuple[str, ...]] = {
@@ -155,7 +161,9 @@ def parse_value(text: str) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise DataError(f"{path} is missing: {path.parent} is not an experiment directory (set one up with ptp_distill)")
+        raise DataError(
+            f"{path} is missing: {path.parent} is not an experiment directory (set one up with ptp_distill)"
+        )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -48,7 +48,9 @@ def pregenerate(experiment: Experiment, progress: Progress = lambda done, total:
     """Sample the base model's completions of every prompt that is not in the store yet."""
     settings = experiment.config.pregenerate
     base_model = load_base_model(experiment.base_model).eval()
-    prompts = encode_prompts(load_tokenizer(experiment.base_model), read_prompts(experiment), settings.max_prompt_tokens)
+    prompts = encode_prompts(
+        load_tokenizer(experiment.base_model), read_prompts(experiment), settings.max_prompt_tokens
+    )
     provenance = Provenance(
         base_fingerprint=fingerprint(base_model),
         rule=experiment.config.sampling,

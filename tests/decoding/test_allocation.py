@@ -27,7 +27,7 @@ def expected_tokens(drafts: list[float], survival: list[float], widths: tuple[in
         (2, 99, Allocation(2, (0, 0, 0))),
         (9, 99, Allocation(3, (1, 2, 2, 1))),
         (99, 99, Allocation(3, (2, 2, 2, 2))),
-        (99, 3, Allocation(2, (2, 1, 0))),
+        (99, 3, Allocation(2, (1, 0, 0))),
         (99, 1, Allocation(0, (0,))),
         (0, 99, Allocation(0, (0,))),
     ],
@@ -47,7 +47,7 @@ def test_widths_are_as_good_as_any_for_the_drafts_verified(
 ) -> None:
     allocation = allocate(drafts, survival, budget, remaining)
     verified = drafts[: allocation.num_drafts]
-    rooms = [range(min(len(survival), max(0, remaining - 1 - b)) + 1) for b in range(len(verified) + 1)]
+    rooms = [range(min(len(survival), max(0, remaining - 2 - b)) + 1) for b in range(len(verified) + 1)]
     best = max(
         expected_tokens(verified, survival, widths)
         for widths in product(*rooms)

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptp.decoding.layout import CallLayout, call_mask, local_mask
+from ptp.decoding.layout import CallLayout, call_mask, local_mask, window_rows
 
 CPU = torch.device("cpu")
 
@@ -65,11 +65,11 @@ def test_branches_lie_behind_the_gate_in_order(layout: CallLayout) -> None:
 
 
 @given(layouts())
-def test_windows_name_the_branch_and_index_of_each_gated_row(layout: CallLayout) -> None:
-    branch, index = layout.windows(CPU)
-    assert branch.dtype == index.dtype == torch.int64
-    expected = [(b, k) for role, b, k in roles(layout) if role == "branch"]
-    assert list(zip(branch.tolist(), index.tolist(), strict=True)) == expected
+def test_window_rows_name_branch_place_and_first_of_each_gated_row(layout: CallLayout) -> None:
+    rows = window_rows(layout.widths, CPU)
+    assert rows.branch.dtype == rows.place.dtype == torch.int64
+    expected = [(b, b + k, k == 0) for role, b, k in roles(layout) if role == "branch"]
+    assert list(zip(rows.branch.tolist(), rows.place.tolist(), rows.first.tolist(), strict=True)) == expected
 
 
 @given(layouts(), st.integers(0, 5))

@@ -23,9 +23,6 @@ def run(command: Callable[[], object]) -> None:
     except PTPError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
 
 
 def quiet_libraries() -> None:

@@ -24,7 +24,7 @@ def command(
     temperature: Annotated[Optional[float], typer.Option(help="Instead of the adapter's own.")] = None,
     top_k: Annotated[Optional[int], typer.Option(help="Instead of the adapter's own.")] = None,
     top_p: Annotated[Optional[float], typer.Option(help="Instead of the adapter's own.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or the checkpoint's own.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with tokens, u and counts.")] = False,
 ) -> None:
     """Complete a prompt; only verified text is printed."""
@@ -39,8 +39,6 @@ def command(
     trained_rule = settings.rule or SamplingRule()
     changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     rule = SamplingRule(**{**trained_rule.model_dump(), **{k: v for k, v in changes.items() if v is not None}})
-    if rule != trained_rule:
-        console.print(f"note: the adapter was trained for {trained_rule}; under {rule} it accepts fewer drafts")
     if prompt is None:
         if sys.stdin.isatty():
             raise DecodingError("no prompt: give --prompt TEXT, or a text on standard input")
@@ -53,7 +51,8 @@ def command(
     if not as_json:
         print(text)
         console.print(
-            f"{len(out.token_ids)} tokens, {out.num_calls} calls, {out.tokens_per_call:.2f} tokens per call", style="dim"
+            f"{len(out.token_ids)} tokens, {out.num_calls} calls, {out.tokens_per_call:.2f} tokens per call",
+            style="dim",
         )
         return
     record = {

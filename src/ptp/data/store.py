@@ -52,7 +52,9 @@ class CompletionStore:
         except (ConfigError, ValidationError, UnicodeDecodeError) as error:
             raise DataError(f"{settings} is corrupt: {str(error).splitlines()[0]}") from None
         if provenance is not None and provenance != self.provenance:
-            changed = [name for name in Provenance.model_fields if getattr(provenance, name) != getattr(self.provenance, name)]
+            changed = [
+                name for name in Provenance.model_fields if getattr(provenance, name) != getattr(self.provenance, name)
+            ]
             raise DataError(
                 f"{directory} holds completions made with another {' and '.join(changed)}; "
                 "remove it or use another experiment directory"
@@ -107,11 +109,14 @@ def _rows(arrays: dict[str, np.ndarray]) -> Iterator[tuple[int, Completion]]:
     for row, sequence in enumerate(arrays["sequences"]):
         end, prompt_length = int(ends[row]), int(arrays["prompt_lengths"][row])
         interval_end = interval_begin + end - begin - prompt_length
-        yield int(sequence), Completion(
-            ids=arrays["ids"][begin:end],
-            lower=arrays["lower"][interval_begin:interval_end],
-            upper=arrays["upper"][interval_begin:interval_end],
-            prompt_length=prompt_length,
-            finished=bool(arrays["finished"][row]),
+        yield (
+            int(sequence),
+            Completion(
+                ids=arrays["ids"][begin:end],
+                lower=arrays["lower"][interval_begin:interval_end],
+                upper=arrays["upper"][interval_begin:interval_end],
+                prompt_length=prompt_length,
+                finished=bool(arrays["finished"][row]),
+            ),
         )
         begin, interval_begin = end, interval_end

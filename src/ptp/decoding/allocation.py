@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 
 @dataclass(frozen=True)
@@ -50,24 +49,49 @@ def allocate(
 def _greedy(
     confidences: Sequence[float], survival: Sequence[float], budget: int, remaining: int, lead: int
 ) -> Allocation:
-    num_drafts, window = len(confidences), len(survival)
-    reached = np.cumprod([1.0, *confidences])
-    exactly = reached * (1 - np.append(confidences, 0.0))
-    gains = exactly[:, None] * np.asarray(survival)[None, :]
+    reached = [1.0]
+    for confidence in confidences:
+        reached.append(reached[-1] * confidence)
+    exactly = [r - after for r, after in zip(reached, [*reached[1:], 0.0], strict=True)]
     # The call after branch b came true writes one token of its own and needs no more drafts than are then left.
-    room = remaining - 2 - np.arange(num_drafts + 1)
-    gains[np.arange(window)[None, :] >= room[:, None]] = 0.0
-    values = np.concatenate([reached[1:], gains.ravel()])
-    verified, widths, left = 0, [0] * (num_drafts + 1), budget
-    for item in np.argsort(-values, kind="stable"):
-        if left == 0 or values[item] <= 0:
-            break
-        if item < num_drafts:
-            verified, left = verified + 1, left - 1
+    room = [min(len(survival), remaining - 2 - branch) for branch in range(len(reached))]
+    widths = [0]
+    # Best gain first; verifying a draft opens the next draft and the branch behind it.
+    gains: list[tuple[float, int, int]] = []
+    _offer_draft(gains, reached, 1)
+    _offer_position(gains, exactly, survival, room, 0, 0)
+    while gains and budget > 0:
+        _, branch, width = heapq.heappop(gains)
+        if width == VERIFY:
+            budget -= 1
+            widths.append(0)
+            _offer_draft(gains, reached, branch + 1)
+            _offer_position(gains, exactly, survival, room, branch, 0)
             continue
-        branch = (item - num_drafts) // window
-        cost = 1 if widths[branch] else 1 + lead
-        if cost <= left and branch <= verified:
+        cost = 1 + (lead if width == 0 else 0)
+        if cost <= budget:
+            budget -= cost
             widths[branch] += 1
-            left -= cost
-    return Allocation(verified, tuple(widths[: verified + 1]))
+            _offer_position(gains, exactly, survival, room, branch, width + 1)
+    return Allocation(len(widths) - 1, tuple(widths))
+
+
+VERIFY = -1
+"""In place of a width: the item verifies a draft."""
+
+
+def _offer_draft(gains: list[tuple[float, int, int]], reached: list[float], draft: int) -> None:
+    if draft < len(reached) and reached[draft] > 0:
+        heapq.heappush(gains, (-reached[draft], draft, VERIFY))
+
+
+def _offer_position(
+    gains: list[tuple[float, int, int]],
+    exactly: list[float],
+    survival: Sequence[float],
+    room: list[int],
+    branch: int,
+    width: int,
+) -> None:
+    if width < room[branch] and exactly[branch] * survival[width] > 0:
+        heapq.heappush(gains, (-exactly[branch] * survival[width], branch, width))

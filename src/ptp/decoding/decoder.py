@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ptp.decoding.allocation import allocate
 from ptp.cache import RollbackCache
-from ptp.decoding.layout import CallLayout, call_mask
+from ptp.decoding.allocation import allocate
+from ptp.decoding.layout import CallLayout, call_mask, window_rows
 from ptp.decoding.requests import Request, make_request
+from ptp.errors import ConfigError
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule, pick, probability, warp
+
+logger = logging.getLogger(__name__)
 
 PREFILL_CHUNK = 512
 """Prompt tokens run ahead of the first call at a time, so that its mask stays small."""
@@ -78,9 +82,17 @@ class Decoder:
     """
 
     def __init__(self, model: PTPModel, rule: SamplingRule | None = None, budget: int = 24) -> None:
+        if budget < 0:
+            raise ConfigError(f"budget must be 0 (plain decoding) or a positive number of positions; got {budget}")
         self.model = model.eval()
         self.rule = rule or model.rule or SamplingRule()
         self.budget = budget
+        if model.rule is not None and self.rule != model.rule:
+            logger.warning(
+                "the adapter was trained for %s; under %s the text is as right, but fewer drafts are accepted",
+                model.rule,
+                self.rule,
+            )
 
     def generate(
         self,
@@ -105,14 +117,16 @@ class Decoder:
         tokens = list(request.prompt_ids)
         cache = RollbackCache(self.model.num_layers, len(tokens) + request.max_new_tokens + self.budget)
         pending = self._prefill(tokens, cache)
+        embedded_u = self.model.embed_u(request.u)
         drafts: list[int] = []
         confidences: list[float] = []
         while True:
             plan = allocate(confidences, self.model.survival, self.budget, request.num_remaining(tokens), lead)
             drafts = drafts[: plan.num_drafts]
             layout = CallLayout(len(pending), len(drafts), tuple(w + lead if w else 0 for w in plan.widths))
-            u = request.u[len(tokens) - len(request.prompt_ids) :]
-            logits = self._call(layout, pending + drafts, u, cache)
+            done = len(tokens) - len(request.prompt_ids)
+            u = request.u[done:]
+            logits = self._call(layout, pending + drafts, embedded_u[done:], cache)
 
             true_tokens = pick(warp(logits[: len(drafts) + 1], self.rule), u[: len(drafts) + 1]).tolist()
             num_accepted = next((i for i, draft in enumerate(drafts) if draft != true_tokens[i]), len(drafts))
@@ -135,10 +149,11 @@ class Decoder:
             done += PREFILL_CHUNK
         return tokens[done:]
 
-    def _call(self, layout: CallLayout, verify: list[int], u: Tensor, cache: RollbackCache) -> Tensor:
+    def _call(self, layout: CallLayout, verify: list[int], embedded_u: Tensor, cache: RollbackCache) -> Tensor:
         """Logits (1 + drafts + window rows, V) of a call: the last pending row, the draft rows, the branches.
 
-        verify: pending and draft tokens. u: numbers of the tokens to come, the first not yet accepted first.
+        verify: pending and draft tokens. embedded_u: (places, H), of the tokens to come, the first not yet accepted
+        first.
         """
         model, device = self.model, self.model.device
         num_cached = cache.get_seq_length()
@@ -146,13 +161,13 @@ class Decoder:
         positions = torch.arange(num_cached, num_cached + len(verify), device=device)
         gate_start = None
         if layout.num_rows > layout.gate_start:
-            branch, index = layout.windows(device)
+            rows = window_rows(layout.widths, device)
             # Branch b takes the last pending token and b drafts as accepted; the last of these is its anchor.
-            anchor = inputs[0, layout.num_pending - 1 + branch]
-            window = model.embed_windows(u[branch + index], anchor, index == 0)
+            anchor = inputs[0, layout.num_pending - 1 :][rows.branch]
+            window = model.add_anchor(embedded_u[rows.place], anchor, rows.first)
             inputs = torch.cat([model.token_embedding(inputs), window.unsqueeze(0)], dim=1)
             first_open = num_cached + layout.num_pending
-            positions = torch.cat([positions, first_open + model.ptp_config.shift + branch + index])
+            positions = torch.cat([positions, rows.place + (first_open + model.ptp_config.shift)])
             gate_start = layout.gate_start
         return model.call(
             inputs,

@@ -39,14 +39,26 @@ class CallLayout:
         start = self.gate_start + sum(self.widths[:branch])
         return start, start + self.widths[branch]
 
-    @lru_cache(maxsize=4096)  # noqa: B019 - layouts are small, frozen and few
-    def windows(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """For each window row its branch b and its window index k, both (Σ w,) int64.
 
-        The u it carries is that of place b + k, counted from the first token not yet accepted.
-        """
-        pairs = [(branch, k) for branch, width in enumerate(self.widths) for k in range(width)]
-        return tuple(torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1))
+@dataclass(frozen=True)
+class WindowRows:
+    """Per window row of a layout, (Σ w,) tensors.
+
+    branch: b. place: b + k for window index k, the place of the row's u counted from the first token not yet
+    accepted. first: k == 0.
+    """
+
+    branch: Tensor
+    place: Tensor
+    first: Tensor
+
+
+@lru_cache(maxsize=4096)
+def window_rows(widths: tuple[int, ...], device: torch.device) -> WindowRows:
+    """The window rows of branches of these widths."""
+    pairs = [(branch, k) for branch, width in enumerate(widths) for k in range(width)]
+    branch, index = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
+    return WindowRows(branch, branch + index, index == 0)
 
 
 @lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""What is asked of a decoder, checked once,."""
+"""What is asked of a decoder, checked once."""
 
 from __future__ import annotations
 

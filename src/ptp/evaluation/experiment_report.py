@@ -110,10 +110,7 @@ def make_report(experiment: Experiment, verification: Verification, budget: int)
 
 def hardware() -> str:
     """The processor or accelerator and the library versions, in one line."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{_processor()}, {os.cpu_count()} cores"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_processor()}, {os.cpu_count()} cores"
     return f"{device}; torch {torch.__version__}, transformers {transformers.__version__}"
 
 

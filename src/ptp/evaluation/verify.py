@@ -6,12 +6,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
-from ptp.decoding.decoder import Decoder, Generation
+from ptp.decoding.decoder import Decoder, Generation, Step
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import Request, make_request
 from ptp.sampling import SamplingRule, warp
@@ -93,8 +94,8 @@ def verify(
         request = make_request(plain_model, prompt, max_new_tokens, seed, sequence)
         seconds = []
         for _ in range(repetitions):
-            plain_seconds, plain_ids = _timed(lambda: decode_plainly(plain_model, request, decoder.rule))
-            parallel_seconds, steps = _timed(lambda: list(decoder.steps(request)))
+            plain_seconds, plain_ids = _timed(partial(decode_plainly, plain_model, request, decoder.rule))
+            parallel_seconds, steps = _timed(partial(_all_steps, decoder, request))
             seconds.append((plain_seconds, parallel_seconds))
         generation = Generation.of(steps, request)
         verdict = compare(plain_model, request, decoder.rule, generation.token_ids, plain_ids)
@@ -108,15 +109,17 @@ def compare(
     """The verdict on two texts that should be one (see `Comparison`)."""
     if token_ids == plain_ids:
         return "identical"
-    place = next(
-        (i for i, pair in enumerate(zip(token_ids, plain_ids, strict=False)) if pair[0] != pair[1]), None
-    )
+    place = next((i for i, pair in enumerate(zip(token_ids, plain_ids, strict=False)) if pair[0] != pair[1]), None)
     if place is None:
         return "mismatch"
     ids = torch.tensor([request.prompt_ids + plain_ids[:place]], device=plain_model.device)
     distribution = warp(plain_model(input_ids=ids, logits_to_keep=1).logits[0, -1], rule)
     distance = float((distribution.upper - request.u[place]).abs().min())
     return "near-tie" if distance <= TIE_TOLERANCE[plain_model.dtype] else "mismatch"
+
+
+def _all_steps(decoder: Decoder, request: Request) -> list[Step]:
+    return list(decoder.steps(request))
 
 
 def _timed(run: Callable[[], Result]) -> tuple[float, Result]:

@@ -1,9 +1,9 @@
 """Adapter directories: what training writes and decoding loads (METHOD §2; docs/formats.md).
 
-    adapter_config.json         PEFT's LoRA configuration
-    adapter_model.safetensors   LoRA weights under PEFT's names
-    auxiliary.safetensors       the embedding of u
-    ptp_config.json             our settings: PTPConfig, sampling rule, acceptance profile, base model and its hash
+adapter_config.json         PEFT's LoRA configuration
+adapter_model.safetensors   LoRA weights under PEFT's names
+auxiliary.safetensors       the embedding of u
+ptp_config.json             our settings: PTPConfig, sampling rule, acceptance profile, base model and its hash
 """
 
 from __future__ import annotations

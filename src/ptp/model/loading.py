@@ -11,13 +11,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def load_base_model(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
-    """Any causal LM by hub id or local path. dtype: a name in `DTYPES`, or "auto" for the checkpoint's own."""
-    if isinstance(dtype, str) and dtype != "auto" and dtype not in DTYPES:
-        raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}; got '{dtype}'")
+    """Any causal LM by hub id or local path, on the GPU if there is one. dtype: see `to_dtype`."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=DTYPES.get(dtype, dtype))
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"cannot load the base model '{name}': {_first_line(error)}") from error
+    return to_dtype(model, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def to_dtype(model: PreTrainedModel, dtype: str | torch.dtype) -> PreTrainedModel:
+    """The model in another dtype: a torch dtype, a name in `DTYPES`, or "auto" for the one it has."""
+    if dtype == "auto":
+        return model
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}; got '{dtype}'")
+        dtype = DTYPES[dtype]
+    return model.to(dtype)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -27,7 +27,7 @@ from ptp.model.adapter import (
 )
 from ptp.model.auxiliary import make_auxiliary_embedding
 from ptp.model.gated_lora import Gate, add_gated_lora
-from ptp.model.loading import load_base_model
+from ptp.model.loading import load_base_model, to_dtype
 from ptp.model.masks import context_mask, window_mask
 from ptp.sampling import SamplingRule
 
@@ -57,7 +57,10 @@ class PTPModel(nn.Module):
         )
         tokens = self.token_embedding.weight
         self.auxiliary = make_auxiliary_embedding(
-            self.ptp_config.auxiliary, self.ptp_config.auxiliary_size, tokens.shape[1], tokens.float().square().mean().sqrt()
+            self.ptp_config.auxiliary,
+            self.ptp_config.auxiliary_size,
+            tokens.shape[1],
+            tokens.float().square().mean().sqrt(),
         ).to(tokens.device)
         self.rule: SamplingRule | None = None
         self.survival: tuple[float, ...] = tuple(0.5**k for k in range(1, self.ptp_config.num_drafts + 1))
@@ -73,15 +76,17 @@ class PTPModel(nn.Module):
         """
         adapter = find_adapter(directory)
         settings = read_settings(adapter)
+        given = base_model is not None
         if base_model is None:
-            base_model = load_base_model(resolve_base_model(adapter, settings.base_model), dtype)
+            # The fingerprint is that of the checkpoint's own dtype; float16 would round some values otherwise.
+            base_model = load_base_model(resolve_base_model(adapter, settings.base_model))
         found = fingerprint(base_model)
         if found != settings.base_fingerprint:
             raise AdapterError(
                 f"the adapter in {adapter} was made for {settings.base_model} ({settings.base_fingerprint[:12]}); "
                 f"got {base_model.config.name_or_path or 'another model'} ({found[:12]})"
             )
-        model = cls(base_model, settings.config)
+        model = cls(base_model if given else to_dtype(base_model, dtype), settings.config)
         model.load_adapter(adapter)
         model.rule, model.survival = settings.rule, settings.survival
         return model.to(model.dtype).eval()
@@ -93,10 +98,10 @@ class PTPModel(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write an adapter directory (see `ptp.model.adapter`)."""
         directory = Path(directory)
-        name = self.base_model.config.name_or_path
+        name = self.base_model.config.name_or_path or ""
         settings = AdapterSettings(
             # A local base model is found again when both directories move together.
-            base_model=os.path.relpath(name, directory) if Path(name).is_dir() else name,
+            base_model=os.path.relpath(name, directory) if name and Path(name).is_dir() else name,
             base_fingerprint=fingerprint(self.base_model),
             config=self.ptp_config,
             rule=self.rule,
@@ -120,13 +125,16 @@ class PTPModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.token_embedding.weight.dtype
 
-    def embed_windows(self, u: Tensor, anchor: Tensor, first: Tensor) -> Tensor:
+    def embed_u(self, u: Tensor) -> Tensor:
+        """Auxiliary embeddings of u (...), (..., H) in the base model's dtype."""
+        return self.auxiliary(u).to(self.dtype)
+
+    def add_anchor(self, embedded: Tensor, anchor: Tensor, first: Tensor) -> Tensor:
         """Inputs of window positions, (..., H).
 
-        u: (...) float32; anchor: (...) int64, last context token of each position's window; first: (...) bool,
-        whether it is its window's first position.
+        embedded: (..., H), the embedded u of each position. anchor: (...) int64, last context token of the
+        position's window. first: (...) bool, whether the position is its window's first.
         """
-        embedded = self.auxiliary(u).to(self.dtype)
         if self.ptp_config.anchor == "none":
             return embedded
         token = self.token_embedding(anchor)
@@ -180,14 +188,12 @@ class PTPModel(nn.Module):
         window = u.shape[-1]
         offsets = torch.arange(window, device=starts.device)
         anchor = ids.gather(1, starts - 1).unsqueeze(-1).expand_as(u)
-        inputs = self.embed_windows(u, anchor, (offsets == 0).expand_as(u)).flatten(1, 2)
+        inputs = self.add_anchor(self.embed_u(u), anchor, (offsets == 0).expand_as(u)).flatten(1, 2)
         window_positions = (positions.gather(1, starts).unsqueeze(-1) + offsets + self.ptp_config.shift).flatten(1)
         if (context := context_length(self.base_model)) is not None:
             # A window may run past the end of a document as long as the context; nothing there is trained.
             window_positions = window_positions.clamp(max=context - 1)
-        windows = self.call(
-            inputs, window_positions, window_mask(document, starts, window), cache, gate_start=0
-        )
+        windows = self.call(inputs, window_positions, window_mask(document, starts, window), cache, gate_start=0)
         return WindowLogits(windows, context if context_logits else None)
 
     def _native_mask(self, mask: Tensor | None) -> Tensor | None:

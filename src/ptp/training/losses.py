@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ptp.sampling import SamplingRule, pick, warp
+from ptp.sampling import SamplingRule, warp
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ class Chain(torch.optim.Optimizer):
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
-def make_optimizer(name: str, parameters: Iterable[tuple[str, nn.Parameter]], learning_rate: float) -> torch.optim.Optimizer:
+def make_optimizer(
+    name: str, parameters: Iterable[tuple[str, nn.Parameter]], learning_rate: float
+) -> torch.optim.Optimizer:
     """An optimiser over named parameters that require gradients.
 
     "adamw" for all of them; "muon" orthogonalises the updates of matrices (Jordan et al. 2024, in torch.optim), and

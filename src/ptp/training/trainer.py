@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from ptp.data.packing import Completion, WindowStream, collate
 from ptp.config import TrainConfig
+from ptp.data.packing import Completion, WindowStream, collate
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
 from ptp.training.losses import cross_entropy, divergence, window_targets
@@ -45,6 +45,8 @@ class PTPTrainer(Trainer):
             optimizers=(make_optimizer(config.optimizer, model.named_parameters(), config.learning_rate), None),
             callbacks=list(callbacks),
         )
+        # The live table and the log are the callbacks' business, not standard output's.
+        self.remove_callback(PrinterCallback)
         self.weights = config.position_decay ** torch.arange(window, dtype=torch.float32, device=model.device)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:

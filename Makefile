@@ -1,0 +1,30 @@
+# make demo      train a small language model, make it parallel, measure it (about ten minutes on two cores)
+# make test      all tests but the slow ones       make test-all   all tests
+# make check     ruff and mypy                     make setup      the environment alone
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test test-all check
+
+setup: .venv/.complete
+
+.venv/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --group dev --editable .
+	touch $@
+
+demo: setup
+	$(BIN)/ptp demo $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

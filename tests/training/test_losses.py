@@ -1,0 +1,130 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ptp.sampling import SamplingRule
+from ptp.training.losses import Targets, cross_entropy, divergence, window_targets
+
+# Two documents and one padding position. The first ended by itself, 13 being its end token; the second was cut off.
+IDS = torch.tensor([[10, 11, 12, 13, 20, 21, 22, 0]])
+DOCUMENT = torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1]])
+# 10 and 20 are prompts; the rule gave 22 no mass.
+MASS = torch.tensor([[False, True, True, True, False, True, False, False]])
+STARTS = torch.tensor([[1, 2, 5]])
+
+# By variant: for each window its targets, "." outside the document, brackets around tokens without mass.
+EXPECTED = {
+    "one_hot": ["11 12 13", "12 13 .", "21 [22] ."],
+    "categorical": ["12 13 .", "13 . .", "[22] . ."],
+}
+SHIFT = {"one_hot": -1, "categorical": 0}
+
+
+def written(targets: Targets) -> list[str]:
+    """Targets in the notation of EXPECTED."""
+    rows = []
+    for window in range(targets.valid.shape[1]):
+        names = []
+        for k, token in enumerate(targets.token_ids[0, window].tolist()):
+            valid, in_document = bool(targets.valid[0, window, k]), bool(targets.in_document[0, window, k])
+            names.append(str(token) if valid else f"[{token}]" if in_document else ".")
+        rows.append(" ".join(names))
+    return rows
+
+
+@pytest.mark.parametrize("variant", EXPECTED)
+def test_windows_are_trained_up_to_the_end_of_their_own_document(variant: str) -> None:
+    targets = window_targets(IDS, DOCUMENT, STARTS, MASS, window=3, shift=SHIFT[variant])
+    assert written(targets) == EXPECTED[variant]
+    assert torch.equal(IDS[0, targets.index], targets.token_ids)
+
+
+@pytest.mark.parametrize("variant", EXPECTED)
+def test_nothing_is_trained_past_the_end_of_the_pack(variant: str) -> None:
+    targets = window_targets(IDS[:, :7], DOCUMENT[:, :7], STARTS, MASS[:, :7], window=3, shift=SHIFT[variant])
+    assert written(targets) == EXPECTED[variant]
+    assert targets.index.max() < 7
+
+
+def random_targets(generator: torch.Generator, vocab_size: int, valid_share: float = 0.6) -> Targets:
+    """Two rows of three windows of four positions into packs of nine tokens."""
+    shape = (2, 3, 4)
+    valid = torch.rand(shape, generator=generator) < valid_share
+    return Targets(
+        token_ids=torch.randint(vocab_size, shape, generator=generator),
+        index=torch.randint(1, 9, shape, generator=generator),
+        valid=valid,
+        in_document=valid,
+    )
+
+
+def log_softmax(row: Tensor) -> list[float]:
+    values = row.double().tolist()
+    total = math.fsum(math.exp(value) for value in values)
+    return [value - math.log(total) for value in values]
+
+
+def slow_cross_entropy(logits: Tensor, targets: Targets, weights: Tensor) -> float:
+    losses, total = 0.0, 0.0
+    for b, n, k in targets.valid.nonzero().tolist():
+        losses -= float(weights[k]) * log_softmax(logits[b, n, k])[int(targets.token_ids[b, n, k])]
+        total += float(weights[k])
+    return losses / total
+
+
+def slow_divergence(
+    logits: Tensor, teacher_logits: Tensor, targets: Targets, temperature: float, top_k: int, weights: Tensor
+) -> float:
+    losses, total = 0.0, 0.0
+    for b, n, k in targets.valid.nonzero().tolist():
+        row = teacher_logits[b, int(targets.index[b, n, k]) - 1].double() / temperature
+        kept = row.topk(top_k).indices.tolist()
+        mass = math.fsum(math.exp(float(row[token])) for token in kept)
+        student = log_softmax(logits[b, n, k])
+        for token in kept:
+            p = math.exp(float(row[token])) / mass
+            losses += float(weights[k]) * p * (math.log(p) - student[token])
+        total += float(weights[k])
+    return losses / total
+
+
+def test_cross_entropy_is_the_weighted_mean_over_valid_targets() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(2, 3, 4, 7, generator=generator), random_targets(generator, 7)
+    for decay in (1.0, 0.8):
+        weights = decay ** torch.arange(4.0)
+        expected = slow_cross_entropy(logits, targets, weights)
+        assert float(cross_entropy(logits, targets, weights)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_divergence_is_the_weighted_mean_of_kl_to_the_teacher_s_warped_distribution() -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits, targets = torch.randn(2, 3, 4, 7, generator=generator), random_targets(generator, 7)
+    teacher_logits = torch.randn(2, 9, 7, generator=generator)
+    for decay in (1.0, 0.8):
+        weights = decay ** torch.arange(4.0)
+        found = divergence(logits, teacher_logits, targets, SamplingRule(temperature=0.7, top_k=3), weights)
+        expected = slow_divergence(logits, teacher_logits, targets, 0.7, 3, weights)
+        assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_divergence_from_oneself_is_zero() -> None:
+    generator = torch.Generator().manual_seed(2)
+    teacher_logits, targets = torch.randn(2, 9, 7, generator=generator), random_targets(generator, 7)
+    logits = teacher_logits[torch.arange(2)[:, None, None], targets.index - 1] / 0.7
+    found = divergence(logits, teacher_logits, targets, SamplingRule(temperature=0.7), torch.ones(4))
+    assert float(found) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_batch_without_a_valid_target_has_loss_zero_and_no_gradient() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 3, 4, 7, generator=generator, requires_grad=True)
+    targets = random_targets(generator, 7, valid_share=0.0)
+    teacher_logits = torch.randn(2, 9, 7, generator=generator)
+    loss = cross_entropy(logits, targets, torch.ones(4))
+    loss = loss + divergence(logits, teacher_logits, targets, SamplingRule(), torch.ones(4))
+    loss.backward()
+    assert loss.item() == 0
+    assert logits.grad is not None and not logits.grad.any()

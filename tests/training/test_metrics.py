@@ -1,0 +1,74 @@
+import pytest
+import torch
+
+from ptp.config import PTPConfig
+from ptp.sampling import SamplingRule
+from ptp.training.losses import Targets
+from ptp.training.metrics import WindowMetrics, predictions
+
+# One window a word: r right, w wrong, m right but without mass, . past the document's end.
+WINDOWS = ["rrr", "rwr", "rr.", "wmr"]
+
+
+def batch(windows: list[str]) -> tuple[torch.Tensor, Targets]:
+    """Predictions and targets (B = number of windows, N = 1)."""
+    letters = [[list(window)] for window in windows]
+    predicted = torch.tensor([[[8 if x == "w" else 5 for x in row] for row in rows] for rows in letters])
+    valid = torch.tensor([[[x in "rw" for x in row] for row in rows] for rows in letters])
+    in_document = torch.tensor([[[x != "." for x in row] for row in rows] for rows in letters])
+    return predicted, Targets(torch.full_like(predicted, 5), torch.ones_like(predicted), valid, in_document)
+
+
+def measured(config: PTPConfig, *batches: list[str], losses: tuple[float, ...] = (2.0,)) -> WindowMetrics:
+    metrics = WindowMetrics.empty(config)
+    for windows, loss in zip(batches, losses, strict=True):
+        metrics.add(*batch(windows), loss)
+    return metrics
+
+
+def test_accuracy_counts_valid_predictions_by_window_index() -> None:
+    metrics = measured(PTPConfig(window=3, variant="categorical"), WINDOWS)
+    assert metrics.accuracy == pytest.approx([3 / 4, 2 / 3, 3 / 3])
+    assert (metrics.num_targets, metrics.num_masked) == (10, 1)
+    assert metrics.mean_loss == 2.0
+
+
+def test_survival_asks_each_draft_of_the_windows_that_came_so_far_and_go_on() -> None:
+    metrics = measured(PTPConfig(window=3, variant="categorical"), WINDOWS)
+    assert metrics.survival == pytest.approx((3 / 4, 3 / 4 * 2 / 3, 3 / 4 * 2 / 3 * 1 / 1))
+    assert metrics.mean_correct == pytest.approx(1.75)
+
+
+def test_the_first_output_of_one_hot_windows_is_no_draft() -> None:
+    metrics = measured(PTPConfig(window=3, variant="one_hot"), WINDOWS)
+    assert metrics.survival == pytest.approx((2 / 3, 2 / 3 * 1 / 1))
+    assert metrics.accuracy == pytest.approx([3 / 4, 2 / 3, 3 / 3])
+
+
+@pytest.mark.parametrize("variant", ["categorical", "one_hot"])
+def test_batches_measured_apart_add_up(variant: str) -> None:
+    config = PTPConfig(window=3, variant=variant)
+    whole = measured(config, WINDOWS, losses=(2.3,))
+    # 4 and 6 of the 10 targets are in the parts, so that 2.3 is their mean loss.
+    split = measured(config, [WINDOWS[2], WINDOWS[3]], [WINDOWS[0], WINDOWS[1]], losses=(2.0, 2.5))
+    for name in ("correct", "counted", "survived", "tried"):
+        assert torch.equal(getattr(whole, name), getattr(split, name)), name
+    assert (whole.num_targets, whole.num_masked) == (split.num_targets, split.num_masked)
+    assert split.mean_loss == pytest.approx(whole.mean_loss)
+
+
+def test_nothing_measured_is_zero_not_a_crash() -> None:
+    metrics = WindowMetrics.empty(PTPConfig(window=3, variant="categorical"))
+    assert metrics.accuracy == [0, 0, 0]
+    assert metrics.survival == (0, 0, 0)
+    assert (metrics.mean_loss, metrics.mean_correct) == (0, 0)
+
+
+def test_predictions_are_what_decoding_drafts() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]]).log_softmax(-1)
+    rule = SamplingRule()
+    edges = logits.exp().cumsum(-1)[0].tolist()
+    for u, token in [(0.0, 0), (edges[0] + 0.01, 1), (edges[1] + 0.01, 2)]:
+        u = torch.tensor([u])
+        assert predictions(logits, u, PTPConfig(variant="categorical"), rule).tolist() == [token]
+        assert predictions(logits, u, PTPConfig(variant="one_hot"), rule).tolist() == [1]
