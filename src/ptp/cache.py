@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -16,6 +18,8 @@ class RollbackLayer(CacheLayerMixin):
     """
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -63,6 +67,8 @@ class RollbackLayer(CacheLayerMixin):
 
 class RollbackCache(Cache):
     """One `RollbackLayer` for each decoder layer."""
+
+    layers: list[Any]  # RollbackLayer each; a list is invariant, so the base class forbids saying so
 
     def __init__(self, num_layers: int, capacity: int) -> None:
         super().__init__(layers=[RollbackLayer(capacity) for _ in range(num_layers)])

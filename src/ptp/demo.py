@@ -52,10 +52,10 @@ class DemoSize:
     vocab_size: int = 384
     hidden_size: int = 128
     num_layers: int = 4
-    teacher_steps: int = 600
-    num_prompts: int = 2400
-    max_new_tokens: int = 128
-    adapter_steps: int = 600
+    teacher_steps: int = 700
+    num_prompts: int = 2000
+    max_new_tokens: int = 112
+    adapter_steps: int = 650
     num_verified: int = 24
 
     sequence_length: int = 256
@@ -225,7 +225,7 @@ def demo_config(size: DemoSize) -> ExperimentConfig:
         base_model="teacher",
         dataset="prompts.jsonl",
         prompt_scheme="{header}",
-        sampling=SamplingRule(temperature=0.7, top_k=50, top_p=0.95),
+        sampling=SamplingRule(temperature=0.3, top_k=50, top_p=0.95),
         pregenerate=PregenerateConfig(max_prompt_tokens=96, max_new_tokens=size.max_new_tokens, batch_size=128),
         model=PTPConfig(variant="one_hot", window=8, anchor="first", lora_rank=32),
         train=TrainConfig(

@@ -134,7 +134,8 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise ConfigError(f"an override has the form section.key=value; got '{override}'")
     *sections, key = path.split(".")
-    target, record = settings, ExperimentConfig
+    target = settings
+    record: type[BaseModel] = ExperimentConfig
     for section in sections:
         field = record.model_fields.get(section)
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):

@@ -163,10 +163,10 @@ def uniform(seed: int, sequence: int | Tensor, position: int | Tensor) -> Tensor
     same u in any batch, on any device, after any restart. `sequence` and `position` are non-negative and are
     broadcast against each other.
     """
-    sequence = torch.as_tensor(sequence, dtype=torch.int64)
-    position = torch.as_tensor(position, dtype=torch.int64, device=sequence.device if sequence.ndim else None)
-    sequence, position = torch.broadcast_tensors(sequence.to(position.device), position)
-    counter = (position & _LOW32, position >> 32 & _LOW32, sequence & _LOW32, sequence >> 32 & _LOW32)
+    seq = torch.as_tensor(sequence, dtype=torch.int64)
+    pos = torch.as_tensor(position, dtype=torch.int64, device=seq.device if seq.ndim else None)
+    seq, pos = torch.broadcast_tensors(seq.to(pos.device), pos)
+    counter = (pos & _LOW32, pos >> 32 & _LOW32, seq & _LOW32, seq >> 32 & _LOW32)
     word = philox_4x32(counter, (seed & _LOW32, seed >> 32 & _LOW32))[0]
     return (word >> 8).to(torch.float32) * 2.0**-24
 

@@ -25,6 +25,9 @@ from ptp.model.loading import load_base_model, load_tokenizer
 from ptp.model.ptp_model import PTPModel, end_token_ids
 from ptp.training.trainer import PTPTrainer, evaluate_windows
 
+TRAINING_RESULT = "training.json"
+"""In the adapter directory; written last."""
+
 Progress = Callable[[int, int], None]
 """Called with (done, in all)."""
 
@@ -131,15 +134,22 @@ def train(experiment: Experiment, callbacks: Sequence[TrainerCallback] = ()) -> 
         survival=list(metrics.survival),
         validation_loss=metrics.mean_loss,
         num_masked=metrics.num_masked,
-        curves={"training loss": [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]},
+        curves={
+            "training loss": [(int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row]
+        },
     )
-    write_atomically(experiment.adapter / "training.json", json.dumps(asdict(result), indent=2).encode() + b"\n")
+    write_atomically(experiment.adapter / TRAINING_RESULT, json.dumps(asdict(result), indent=2).encode() + b"\n")
     return result
+
+
+def has_adapter(experiment: Experiment) -> bool:
+    """Whether training has come to its end."""
+    return (experiment.adapter / TRAINING_RESULT).is_file()
 
 
 def read_training_result(experiment: Experiment) -> TrainingResult:
     """What `train` measured when it wrote the adapter."""
-    return TrainingResult(**json.loads((experiment.adapter / "training.json").read_text()))
+    return TrainingResult(**json.loads((experiment.adapter / TRAINING_RESULT).read_text()))
 
 
 def last_complete_checkpoint(directory: Path) -> str | None:

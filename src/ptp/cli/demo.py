@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Optional
 
 import typer
 
@@ -13,7 +13,9 @@ from ptp.cli.common import console, progress_bar
 
 
 def command(
-    directory: Annotated[Path, typer.Option(help="Experiment directory.")] = Path("experiments/demo"),
+    directory: Annotated[
+        Optional[Path], typer.Option(help="Experiment directory [default: experiments/demo, or demo-tiny].")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the directory and start over.")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="A minute's run that shows the way, not the figures.")] = False,
 ) -> None:
@@ -27,10 +29,11 @@ def command(
         from ptp.demo import DEMO, TINY, make_experiment, make_teacher
         from ptp.evaluation.experiment_report import make_report, verify_experiment
         from ptp.evaluation.report import write_report
-        from ptp.stages import pregenerate, train
+        from ptp.stages import has_adapter, pregenerate, train
 
     started = time.monotonic()
     size = TINY if tiny else DEMO
+    directory = directory or Path("experiments") / ("demo-tiny" if tiny else "demo")
     if fresh and directory.exists():
         shutil.rmtree(directory)
     with progress_bar("1/5 teaching a small Llama Python") as progress:
@@ -38,7 +41,7 @@ def command(
         progress(size.teacher_steps, size.teacher_steps)
     experiment = make_experiment(directory, size)
     console.print(f"2/5 experiment set up in {directory}")
-    if not experiment.adapter.exists():
+    if not has_adapter(experiment):
         with progress_bar("3/5 sampling its completions     ") as progress:
             pregenerate(experiment, progress)
         with progress_bar("4/5 training the PTP adapter     ") as progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -30,7 +30,7 @@ def command(
     from ptp.experiment import ExperimentConfig, apply_override
     from ptp.stages import distill
 
-    values = {
+    values: dict[str, Any] = {
         "base_model": model,
         "dataset": dataset,
         "prompt_scheme": prompt_scheme,

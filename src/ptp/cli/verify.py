@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from ptp.cli.common import progress_bar
+
+if TYPE_CHECKING:
+    from ptp.evaluation.verify import Verification
 
 
 def command(
@@ -44,7 +47,7 @@ def command(
         raise typer.Exit(1)
 
 
-def summary(verification: "Verification") -> str:  # noqa: F821, UP037 - imported late, it loads torch
+def summary(verification: Verification) -> str:
     """The figures of a verification, one a line."""
     return "\n".join(
         [

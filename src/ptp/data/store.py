@@ -71,7 +71,7 @@ class CompletionStore:
     def append(self, sequences: Sequence[int], completions: Sequence[Completion]) -> None:
         """Write one shard."""
         number = 1 + max((int(shard.stem.removeprefix("shard-")) for shard in self.shards), default=-1)
-        arrays = {
+        arrays: dict[str, np.ndarray] = {
             "sequences": np.asarray(sequences, np.int64),
             "ids": np.concatenate([c.ids for c in completions]).astype(np.int32),
             "lower": np.concatenate([c.lower for c in completions]).astype(np.float32),

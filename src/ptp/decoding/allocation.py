@@ -30,7 +30,8 @@ def allocate(
 
     Verifying draft j yields S_j = c_1···c_j tokens in this call; widening branch b to w yields P_b·s_w in the next,
     P_b = S_b·(1 − c_{b+1}) being the chance that exactly b drafts are accepted. All gains fall along a branch, so
-    taking the largest first is exact (with a lead, nearly so), and S_j ≥ P_j·s_w means that no branch is opened behind an unverified draft.
+    taking the largest first is exact (with a lead, nearly so), and S_j ≥ P_j·s_w means that no branch is opened
+    behind an unverified draft.
 
     Three drafts with c = 0.9, 0.8, 0.1 and survival 0.5, 0.25: gains of drafts 0.9 0.72 0.07, of branches
     0: 0.05 0.03, 1: 0.09 0.05, 2: 0.32 0.16, 3: 0.04 0.02; a budget of 5 verifies two drafts and gives branch 2 its

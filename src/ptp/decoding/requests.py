@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptp.errors import DecodingError
@@ -51,7 +52,7 @@ def make_request(
     A text that would outgrow the model's context is cut there ("length").
     """
     ids = torch.as_tensor(prompt_ids).tolist()
-    vocab_size = base_model.get_input_embeddings().weight.shape[0]
+    vocab_size = cast(nn.Embedding, base_model.get_input_embeddings()).weight.shape[0]
     context = context_length(base_model)
     if not ids or not isinstance(ids[0], int):
         raise DecodingError(f"the prompt must be a sequence of at least one token id; got shape {_shape(prompt_ids)}")
@@ -61,7 +62,7 @@ def make_request(
         raise DecodingError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     if context is not None and len(ids) >= context:
         raise DecodingError(
-            f"the prompt has {len(ids)} tokens and the model's context is {context}: shorten it to {context - 1} at most"
+            f"the prompt has {len(ids)} tokens, the model's context is {context}: shorten it to {context - 1} at most"
         )
     if context is not None:
         max_new_tokens = min(max_new_tokens, context - len(ids))

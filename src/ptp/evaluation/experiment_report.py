@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -69,10 +70,14 @@ def make_report(experiment: Experiment, verification: Verification, budget: int)
     config, result = experiment.config, read_training_result(experiment)
     tokenizer = load_tokenizer(experiment.base_model)
     comparisons = verification.comparisons
+
+    def decode(ids: list[int]) -> str:
+        return cast(str, tokenizer.decode(ids, skip_special_tokens=True))
+
     samples = [
         Sample(
-            prompt=tokenizer.decode(c.request.prompt_ids, skip_special_tokens=True),
-            pieces=pieces(c.generation, lambda ids: tokenizer.decode(ids, skip_special_tokens=True)),
+            prompt=decode(c.request.prompt_ids),
+            pieces=pieces(c.generation, decode),
             tokens_per_call=c.generation.tokens_per_call,
             num_calls=c.generation.num_calls,
             lossless=c.verdict == "identical",

@@ -104,7 +104,7 @@ def save_adapter(directory: Path, base_model: nn.Module, auxiliary: nn.Module, s
     _write(directory / AUXILIARY_WEIGHTS, lambda path: save_file(extra, path, metadata={"format": "pt"}))
     lora = LoraConfig(
         r=settings.config.lora_rank,
-        lora_alpha=settings.config.lora_alpha,
+        lora_alpha=settings.config.lora_alpha,  # type: ignore[arg-type] # PEFT only divides it by r
         target_modules=sorted(layers),
         task_type="CAUSAL_LM",
         base_model_name_or_path=settings.base_model,

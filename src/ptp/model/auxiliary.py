@@ -17,6 +17,8 @@ from ptp.errors import ConfigError
 class BinaryEmbedding(nn.Module):
     """The 32 bits of u's float32 form, ±1 each, through one linear layer (the paper's choice). `size` is unused."""
 
+    shifts: Tensor
+
     def __init__(self, size: int, hidden_size: int) -> None:
         super().__init__()
         self.linear = nn.Linear(32, hidden_size)
@@ -44,6 +46,8 @@ class LinearEmbedding(nn.Module):
 class FourierEmbedding(nn.Module):
     """sin and cos of 2^j·π·u for j < `size`, through one linear layer."""
 
+    frequencies: Tensor
+
     def __init__(self, size: int, hidden_size: int) -> None:
         super().__init__()
         _check_octaves(size)
@@ -58,6 +62,8 @@ class FourierEmbedding(nn.Module):
 
 class SawtoothEmbedding(nn.Module):
     """The fractional part of 2^j·u for j < `size`, scaled to [−1, 1), through one linear layer."""
+
+    frequencies: Tensor
 
     def __init__(self, size: int, hidden_size: int) -> None:
         super().__init__()
@@ -112,7 +118,7 @@ EMBEDDINGS: dict[str, type[nn.Module]] = {
 }
 
 
-def make_auxiliary_embedding(kind: str, size: int, hidden_size: int, scale: float) -> nn.Module:
+def make_auxiliary_embedding(kind: str, size: int, hidden_size: int, scale: float | Tensor) -> nn.Module:
     """The embedding named `kind`, its output scaled to about `scale`, the token embeddings' root mean square.
 
     Raises `ConfigError` for an unknown name.

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ptp.errors import ConfigError
@@ -37,7 +38,7 @@ class Gate:
 class GatedLoRA(nn.Module):
     """A frozen linear layer plus scale · B·A on gated positions. Input (..., T, in), output (..., T, out)."""
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, gate: Gate) -> None:
+    def __init__(self, base: nn.Linear | Conv1D, rank: int, alpha: float, gate: Gate) -> None:
         super().__init__()
         in_features, out_features = linear_shape(base)
         self.base = base
@@ -62,14 +63,16 @@ class GatedLoRA(nn.Module):
         return y
 
 
-def linear_shape(layer: nn.Module) -> tuple[int, int]:
+def linear_shape(layer: nn.Linear | Conv1D) -> tuple[int, int]:
     """(in_features, out_features) of a linear layer; transformers' Conv1D (GPT-2) keeps its weight transposed."""
     if isinstance(layer, Conv1D):
         return layer.weight.shape[0], layer.weight.shape[1]
     return layer.in_features, layer.out_features
 
 
-def add_gated_lora(base_model: nn.Module, targets: str | tuple[str, ...], rank: int, alpha: float, gate: Gate) -> None:
+def add_gated_lora(
+    base_model: PreTrainedModel, targets: str | tuple[str, ...], rank: int, alpha: float, gate: Gate
+) -> None:
     """Replace linear layers of `base_model` by gated ones, in place.
 
     targets: "all-linear" for every linear layer but the output head, as PEFT means it, or the last parts of module

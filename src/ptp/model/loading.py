@@ -16,7 +16,8 @@ def load_base_model(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedM
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"cannot load the base model '{name}': {_first_line(error)}") from error
-    return to_dtype(model, dtype).to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return to_dtype(model, dtype).to(device)  # type: ignore[arg-type] # transformers' wrapped `to` loses its self
 
 
 def to_dtype(model: PreTrainedModel, dtype: str | torch.dtype) -> PreTrainedModel:
@@ -27,7 +28,7 @@ def to_dtype(model: PreTrainedModel, dtype: str | torch.dtype) -> PreTrainedMode
         if dtype not in DTYPES:
             raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}; got '{dtype}'")
         dtype = DTYPES[dtype]
-    return model.to(dtype)
+    return model.to(dtype)  # type: ignore[arg-type] # transformers' wrapped `to` loses its self
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -9,6 +9,7 @@ import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ class PTPModel(nn.Module):
 
     @property
     def token_embedding(self) -> nn.Embedding:
-        return self.base_model.get_input_embeddings()
+        return cast(nn.Embedding, self.base_model.get_input_embeddings())
 
     @property
     def device(self) -> torch.device:
@@ -190,9 +191,9 @@ class PTPModel(nn.Module):
         anchor = ids.gather(1, starts - 1).unsqueeze(-1).expand_as(u)
         inputs = self.add_anchor(self.embed_u(u), anchor, (offsets == 0).expand_as(u)).flatten(1, 2)
         window_positions = (positions.gather(1, starts).unsqueeze(-1) + offsets + self.ptp_config.shift).flatten(1)
-        if (context := context_length(self.base_model)) is not None:
+        if (longest := context_length(self.base_model)) is not None:
             # A window may run past the end of a document as long as the context; nothing there is trained.
-            window_positions = window_positions.clamp(max=context - 1)
+            window_positions = window_positions.clamp(max=longest - 1)
         windows = self.call(inputs, window_positions, window_mask(document, starts, window), cache, gate_start=0)
         return WindowLogits(windows, context if context_logits else None)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ EVALUATION_WINDOWS = 2000
 
 class PTPTrainer(Trainer):
     """Trains the LoRA and the auxiliary embedding of a `PTPModel`; a checkpoint's weights are an adapter directory."""
+
+    model: PTPModel
 
     def __init__(
         self,
@@ -53,10 +55,10 @@ class PTPTrainer(Trainer):
         return training_loss(model, inputs, self.rule, self.weights, self.config.distillation)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        self.model.save_pretrained(output_dir or self.args.output_dir)
+        self.model.save_pretrained(cast(str, output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        (model or self.model).load_adapter(Path(resume_from_checkpoint))
+        cast(PTPModel, model or self.model).load_adapter(Path(resume_from_checkpoint))
 
 
 def training_loss(
@@ -68,7 +70,7 @@ def training_loss(
     """
     inputs = {name: tensor for name, tensor in batch.items() if name != "mass"}
     output = model(**inputs, context_logits=distillation > 0)
-    config = getattr(model, "module", model).ptp_config
+    config = cast(PTPModel, getattr(model, "module", model)).ptp_config
     targets = window_targets(
         batch["ids"], batch["document"], batch["starts"], batch["mass"], config.window, config.shift
     )
