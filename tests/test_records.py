@@ -48,7 +48,7 @@ def test_an_unknown_key_names_the_nearest_known_one(record: type[Record], values
         ),
         (PTPConfig, {"window": 0}, "window: input should be greater than or equal to 1; got 0"),
         (PTPConfig, {"lora_alpha": -1.0}, "lora_alpha: input should be greater than 0; got -1.0"),
-        (PTPConfig, {"variant": "onehot"}, "variant: input should be 'categorical' or 'one_hot'; got 'onehot'"),
+        (PTPConfig, {"variant": "onehot"}, "variant: input should be 'one_hot' or 'categorical'; got 'onehot'"),
         (Experiment, {"name": "a", "rule": {"top_p": 1.3}}, "top_p must lie in (0, 1]; got 1.3"),
         (Experiment, {"name": ["a"]}, "name: input should be a valid string; got ['a']"),
         (Experiment, {}, "Experiment needs 'name'"),

@@ -70,9 +70,9 @@ def every_interval(values: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor, 
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"temperature": -0.5}, "temperature must be 0 (greedy) or a positive number; got -0.5"),
-        ({"temperature": float("inf")}, "temperature must be 0 (greedy) or a positive number; got inf"),
-        ({"temperature": float("nan")}, "temperature must be 0 (greedy) or a positive number; got nan"),
+        ({"temperature": -0.5}, "temperature must be 0 (greedy) or a number from 0.0001 up; got -0.5"),
+        ({"temperature": float("inf")}, "temperature must be 0 (greedy) or a number from 0.0001 up; got inf"),
+        ({"temperature": float("nan")}, "temperature must be 0 (greedy) or a number from 0.0001 up; got nan"),
         ({"top_k": -1}, "top_k must be 0 (off) or a positive count of tokens; got -1"),
         ({"top_p": 0.0}, "top_p must lie in (0, 1]; got 0.0"),
         ({"top_p": 1.3}, "top_p must lie in (0, 1]; got 1.3"),

@@ -176,7 +176,7 @@ def test_too_few_prompts_to_hold_any_out_are_refused(tiny_experiment: Callable, 
 
 def test_what_is_stored_has_exact_intervals_of_finite_width(finished: Experiment) -> None:
     for _, completion in CompletionStore(finished.completions):
-        assert np.all((0 <= completion.lower) & (completion.lower < completion.upper) & (completion.upper <= 1))
+        assert np.all((completion.lower >= 0) & (completion.lower < completion.upper) & (completion.upper <= 1))
 
 
 def test_the_readme_names_the_next_commands(experiment: Experiment) -> None:

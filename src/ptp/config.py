@@ -74,7 +74,7 @@ class TrainConfig(Record):
     batch_size: int = Field(8, ge=1)
     sequence_length: int = Field(1024, ge=8)
     windows_per_sequence: int = Field(64, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(1e-4, gt=0)
     optimizer: str = "adamw"
     warmup_steps: int = Field(50, ge=0)
     beta: float = Field(0.3, gt=0)

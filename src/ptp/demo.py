@@ -52,10 +52,10 @@ class DemoSize:
     vocab_size: int = 384
     hidden_size: int = 128
     num_layers: int = 4
-    teacher_steps: int = 700
+    teacher_steps: int = 650
     num_prompts: int = 2000
     max_new_tokens: int = 112
-    adapter_steps: int = 650
+    adapter_steps: int = 600
     num_verified: int = 24
 
     sequence_length: int = 256
@@ -70,7 +70,7 @@ TINY = DemoSize(
 
 @dataclass(frozen=True)
 class Function:
-    """A function of the standard library: its header, up to the line end before the body, and its whole source."""
+    """A function of the standard library: its header, all before the line end of its last line, and its source."""
 
     header: str
     source: str
@@ -103,7 +103,7 @@ def _functions(tree: ast.Module, lines: list[str]) -> Iterator[Function]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.body[0].lineno > node.lineno:
             source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
             header = "\n".join(source.splitlines()[: node.body[0].lineno - node.lineno])
-            yield Function(header + "\n", source + "\n")
+            yield Function(header, source)
 
 
 def make_tokenizer(texts: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -140,10 +140,12 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
         field = record.model_fields.get(section)
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
             raise ConfigError(unknown_key(section, record.model_fields, record.__name__))
-        target, record = target.setdefault(section, {}), field.annotation
+        if not isinstance(target.setdefault(section, {}), dict):
+            raise ConfigError(f"{section} must hold settings by name; got {target[section]!r}")
+        target, record = target[section], field.annotation
     if key not in record.model_fields:
         raise ConfigError(unknown_key(key, record.model_fields, record.__name__))
-    target[key] = parse_value(text)
+    target[key] = text if record.model_fields[key].annotation is str else parse_value(text)
 
 
 def parse_value(text: str) -> Any:

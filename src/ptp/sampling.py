@@ -48,7 +48,7 @@ class SamplingRule(Record):
     @classmethod
     def _temperature(cls, value: float) -> float:
         if value != 0 and not MIN_TEMPERATURE <= value < float("inf"):
-            raise ValueError(f"temperature must be 0 (greedy) or at least {MIN_TEMPERATURE}; got {value}")
+            raise ValueError(f"temperature must be 0 (greedy) or a number from {MIN_TEMPERATURE} up; got {value}")
         return value
 
     @field_validator("top_k")
@@ -72,7 +72,9 @@ class SamplingRule(Record):
             if value not in ("vocabulary", "probability"):
                 raise ValueError(f"order must be 'vocabulary', 'probability' or a permutation; got {value!r}")
         elif not value or sorted(value) != list(range(len(value))):
-            raise ValueError(f"a permutation must hold each of 0 … V − 1 once; got {len(value)} numbers that do not")
+            raise ValueError(
+                f"order must hold each of 0 … {max(len(value) - 1, 0)} once; got {len(value)} other numbers"
+            )
         return value
 
     def __str__(self) -> str:
@@ -132,7 +134,7 @@ def warp(logits: Tensor, rule: SamplingRule) -> Distribution:
 
 def pick(distribution: Distribution, u: Tensor) -> Tensor:
     """The token whose interval holds u. u: (...) float32 in [0, 1); returns (...) int64."""
-    index = torch.searchsorted(distribution.upper, u.unsqueeze(-1), right=True)
+    index = torch.searchsorted(distribution.upper, u.unsqueeze(-1).contiguous(), right=True)
     return distribution.token_ids.gather(-1, index).squeeze(-1)
 
 

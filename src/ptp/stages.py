@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from transformers import TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
+from ptp.config import PregenerateConfig
 from ptp.data.packing import Completion
 from ptp.data.prompts import encode_prompts, format_prompts, read_rows, validation_places
 from ptp.data.store import CompletionStore, Provenance, write_atomically
@@ -22,7 +23,7 @@ from ptp.errors import ConfigError, DataError
 from ptp.experiment import Experiment, ExperimentConfig
 from ptp.model.adapter import fingerprint
 from ptp.model.loading import load_base_model, load_tokenizer
-from ptp.model.ptp_model import PTPModel, end_token_ids
+from ptp.model.ptp_model import PTPModel, context_length, end_token_ids
 from ptp.training.trainer import PTPTrainer, evaluate_windows
 
 TRAINING_RESULT = "training.json"
@@ -52,7 +53,7 @@ def pregenerate(experiment: Experiment, progress: Progress = lambda done, total:
     settings = experiment.config.pregenerate
     base_model = load_base_model(experiment.base_model).eval()
     prompts = encode_prompts(
-        load_tokenizer(experiment.base_model), read_prompts(experiment), settings.max_prompt_tokens
+        load_tokenizer(experiment.base_model), read_prompts(experiment), prompt_limit(base_model, settings)
     )
     provenance = Provenance(
         base_fingerprint=fingerprint(base_model),
@@ -84,6 +85,12 @@ def pregenerate(experiment: Experiment, progress: Progress = lambda done, total:
     return store
 
 
+def prompt_limit(base_model: PreTrainedModel, settings: PregenerateConfig) -> int:
+    """Most tokens a prompt may have: the setting, and two less than the model's context."""
+    context = context_length(base_model)
+    return settings.max_prompt_tokens if context is None else min(settings.max_prompt_tokens, context - 2)
+
+
 def split_completions(experiment: Experiment) -> tuple[dict[int, Completion], dict[int, Completion]]:
     """(training, validation) completions of the store by sequence number; prompts are held out by content."""
     store = CompletionStore(experiment.completions)
@@ -103,7 +110,11 @@ def split_completions(experiment: Experiment) -> tuple[dict[int, Completion], di
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What training measured. metrics: on held-out windows; curves: (step, value) by name; rule: of the data."""
+    """What training measured on held-out windows.
+
+    accuracy: right predictions by window index. survival: the acceptance profile. validation_loss: mean over targets.
+    num_masked: targets the sampling rule gives no mass. curves: (step, value) by name.
+    """
 
     accuracy: list[float]
     survival: list[float]

@@ -151,7 +151,7 @@ def test_an_anchor_adds_the_last_context_token_s_embedding(
 ) -> None:
     model = make_model(anchor=anchor)
     u, token = torch.rand(WINDOW), torch.full((WINDOW,), 7)
-    added = model.embed_windows(u, token, torch.arange(WINDOW) == 0) - model.auxiliary(u)
+    added = model.add_anchor(model.embed_u(u), token, torch.arange(WINDOW) == 0) - model.auxiliary(u)
     expected = torch.tensor(anchored).unsqueeze(1) * model.token_embedding(torch.tensor(7))
     torch.testing.assert_close(added, expected, rtol=1e-5, atol=1e-5)
 

@@ -43,6 +43,8 @@ def command(
         if sys.stdin.isatty():
             raise DecodingError("no prompt: give --prompt TEXT, or a text on standard input")
         prompt = sys.stdin.read()
+    if not prompt:
+        raise DecodingError("the prompt is empty; give some text to complete")
     tokenizer = load_tokenizer(resolve_base_model(adapter, settings.base_model))
     model = PTPModel.from_pretrained(adapter, dtype=dtype)
     prompt_ids = tokenizer(prompt)["input_ids"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def read_rows(path: Path) -> list[dict[str, object]]:
     if path.suffix not in (".jsonl", ".txt"):
         raise DataError(f"{path}: expected a .jsonl or .txt file; got '{path.suffix}'")
     rows: list[dict[str, object]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         if path.suffix == ".txt":
@@ -43,6 +44,13 @@ def read_rows(path: Path) -> list[dict[str, object]]:
     return rows
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start})") from None
+
+
 def format_prompts(rows: Sequence[dict[str, object]], scheme: str) -> list[str]:
     """Fill a prompt scheme, a Python format string over the columns, with each row."""
     prompts = []
@@ -52,7 +60,7 @@ def format_prompts(rows: Sequence[dict[str, object]], scheme: str) -> list[str]:
         except KeyError as missing:
             columns = ", ".join(sorted(row))
             raise DataError(f"row {number} has no column {missing} for the prompt scheme; it has: {columns}") from None
-        except (ValueError, IndexError, AttributeError) as error:
+        except (ValueError, IndexError, AttributeError, TypeError) as error:
             raise DataError(f"the prompt scheme {scheme!r} is not a format string over the columns: {error}") from None
     return prompts
 
@@ -75,5 +83,13 @@ def validation_places(prompts: Sequence[str]) -> set[int]:
     distinct = sorted(set(hashes))
     if len(distinct) < 2:
         return set()
-    held_out = set(distinct[: max(1, len(distinct) // VALIDATION_SHARE)])
+    rows, room = Counter(hashes), max(1, len(prompts) // VALIDATION_SHARE)
+    # Prompts too frequent to fit come last: one is taken only if there is nothing else.
+    ordered = sorted(distinct, key=lambda digest: (rows[digest] > room, digest))
+    held_out = {ordered[0]}
+    room -= rows[ordered[0]]
+    for digest in ordered[1:]:
+        if rows[digest] <= room:
+            held_out.add(digest)
+            room -= rows[digest]
     return {place for place, digest in enumerate(hashes) if digest in held_out}

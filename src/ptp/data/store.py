@@ -8,17 +8,17 @@ A shard appears whole, by rename, or not at all; what is stored is found by list
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from ptp.data.packing import Completion
-from ptp.errors import ConfigError, DataError
+from ptp.errors import DataError
 from ptp.records import Record
 from ptp.sampling import SamplingRule
 
@@ -48,9 +48,9 @@ class CompletionStore:
             directory.mkdir(parents=True, exist_ok=True)
             write_atomically(settings, provenance.model_dump_json(indent=2).encode() + b"\n")
         try:
-            self.provenance = Provenance.model_validate_json(settings.read_text())
-        except (ConfigError, ValidationError, UnicodeDecodeError) as error:
-            raise DataError(f"{settings} is corrupt: {str(error).splitlines()[0]}") from None
+            self.provenance = Provenance(**json.loads(settings.read_text()))
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{settings} is corrupt: {error}") from None
         if provenance is not None and provenance != self.provenance:
             changed = [
                 name for name in Provenance.model_fields if getattr(provenance, name) != getattr(self.provenance, name)

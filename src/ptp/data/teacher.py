@@ -49,6 +49,7 @@ def sample_completions(
     edges = torch.zeros(2, rows, max_new_tokens, device=device)
     lengths = torch.full((rows,), max_new_tokens, device=device)
     finished = torch.zeros(rows, dtype=torch.bool, device=device)
+    context = getattr(base_model.config.get_text_config(), "max_position_embeddings", None) or width + max_new_tokens
     cache = RollbackCache(base_model.config.get_text_config().num_hidden_layers, width + max_new_tokens)
     for step in range(max_new_tokens):
         logits = base_model(
@@ -64,10 +65,11 @@ def sample_completions(
         token = pick(distribution, uniform(seed, sequence[alive], place))
         tokens[alive, step] = token
         edges[:, alive, step] = torch.stack(interval(distribution, token))
-        ended = torch.isin(token, ends)
+        finished[alive] = torch.isin(token, ends)
+        # A text also ends where the model's context does, unfinished.
+        ended = finished[alive] | (place + 1 >= context)
         if ended.any():
             lengths[alive[ended]] = step + 1
-            finished[alive[ended]] = True
             cache.select_rows(~ended)
             alive, token, place = alive[~ended], token[~ended], place[~ended]
             if len(alive) == 0:

@@ -61,7 +61,6 @@ def window_rows(widths: tuple[int, ...], device: torch.device) -> WindowRows:
     return WindowRows(branch, branch + index, index == 0)
 
 
-@lru_cache(maxsize=4096)
 def local_mask(layout: CallLayout, device: torch.device) -> Tensor:
     """What the rows of a call see of each other, (rows, rows) bool; every row sees the whole cache besides.
 
@@ -85,9 +84,13 @@ def local_mask(layout: CallLayout, device: torch.device) -> Tensor:
     return mask.to(device)
 
 
+_kept_mask = lru_cache(maxsize=4096)(local_mask)
+
+
 def call_mask(layout: CallLayout, num_cached: int, device: torch.device) -> Tensor | None:
     """(1, 1, rows, cached + rows) bool; None for a single row, which sees everything."""
     if layout.num_rows == 1:
         return None
-    local = local_mask(layout, device)
+    # Layouts behind a single pending token come back again and again; those of prompts are large and do not.
+    local = (_kept_mask if layout.num_pending == 1 else local_mask)(layout, device)
     return torch.nn.functional.pad(local, (num_cached, 0), value=True)[None, None]

@@ -62,7 +62,8 @@ def make_request(
         raise DecodingError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     if context is not None and len(ids) >= context:
         raise DecodingError(
-            f"the prompt has {len(ids)} tokens, the model's context is {context}: shorten it to {context - 1} at most"
+            f"the prompt has {len(ids)} tokens and the model's context is {context}: "
+            f"shorten it to {context - 1} at most"
         )
     if context is not None:
         max_new_tokens = min(max_new_tokens, context - len(ids))

@@ -8,8 +8,7 @@ import numpy as np
 
 from ptp.decoding.allocation import allocate
 
-STEADY_CALLS = 50
-"""Calls after which the number of drafts at hand has settled."""
+SIMULATED_CALLS = 1000
 
 
 def simulated_tokens_per_call(survival: Sequence[float], budget: int, lead: int) -> float:
@@ -23,8 +22,8 @@ def simulated_tokens_per_call(survival: Sequence[float], budget: int, lead: int)
     plans = [allocate(rates[:m], survival, budget, remaining=10**6, lead=lead) for m in range(window + 1)]
     at_hand = np.zeros(window + 1)
     at_hand[0] = 1.0
-    tokens = 1.0
-    for _ in range(STEADY_CALLS):
+    total = 0.0
+    for _ in range(SIMULATED_CALLS):
         following, tokens = np.zeros(window + 1), 1.0
         for m, share in enumerate(at_hand):
             if share == 0:
@@ -36,4 +35,5 @@ def simulated_tokens_per_call(survival: Sequence[float], budget: int, lead: int)
                 following[width] += share * exactly
                 tokens += share * exactly * accepted
         at_hand = following
-    return tokens
+        total += tokens
+    return total / SIMULATED_CALLS

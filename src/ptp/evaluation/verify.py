@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ptp.decoding.decoder import Decoder, Generation, Step
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import Request, make_request
-from ptp.sampling import SamplingRule, warp
+from ptp.sampling import Distribution, SamplingRule, interval, warp
 
 Result = TypeVar("Result")
 
@@ -114,7 +114,11 @@ def compare(
         return "mismatch"
     ids = torch.tensor([request.prompt_ids + plain_ids[:place]], device=plain_model.device)
     distribution = warp(plain_model(input_ids=ids, logits_to_keep=1).logits[0, -1], rule)
-    distance = float((distribution.upper - request.u[place]).abs().min())
+    # Both tokens' intervals must come that near to u: some edge always does.
+    tokens = torch.tensor([token_ids[place], plain_ids[place]], device=plain_model.device)
+    both = Distribution(*(entry.expand(2, -1) for entry in vars(distribution).values()))
+    lower, upper = interval(both, tokens)
+    distance = float(torch.maximum(lower - request.u[place], request.u[place] - upper).max())
     return "near-tie" if distance <= TIE_TOLERANCE[plain_model.dtype] else "mismatch"
 
 

@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ptp.config import PTPConfig
-from ptp.errors import AdapterError, ConfigError
+from ptp.errors import AdapterError
 from ptp.model.gated_lora import GatedLoRA, lora_layers
 from ptp.records import Record
 from ptp.sampling import SamplingRule
@@ -78,10 +77,9 @@ def find_adapter(directory: str | Path) -> Path:
 def read_settings(adapter: Path) -> AdapterSettings:
     """ptp_config.json, checked. Raises `AdapterError` if it is corrupt."""
     try:
-        return AdapterSettings.model_validate_json((adapter / SETTINGS).read_text())
-    except (ConfigError, ValidationError, UnicodeDecodeError) as error:
-        line = str(error).splitlines()[0]
-        raise AdapterError(f"{adapter / SETTINGS} is not a valid adapter configuration: {line}") from None
+        return AdapterSettings(**json.loads((adapter / SETTINGS).read_text()))
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{adapter / SETTINGS} is not a valid adapter configuration: {error}") from None
 
 
 def resolve_base_model(adapter: Path, base_model: str) -> str:

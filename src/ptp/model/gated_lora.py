@@ -58,8 +58,8 @@ class GatedLoRA(nn.Module):
         if start == 0:
             return y + self.scale * nn.functional.linear(nn.functional.linear(x, lora_A), lora_B)
         # A decoding call, in place and with the fewest operations: small models spend their time between them.
-        for row, target in zip(x, y, strict=True):
-            target[start:].addmm_(torch.mm(row[start:], lora_A.t()), lora_B.t(), alpha=self.scale)
+        for row in range(len(x)):
+            y[row, start:].addmm_(torch.mm(x[row, start:], lora_A.t()), lora_B.t(), alpha=self.scale)
         return y
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptp.errors import ConfigError
@@ -28,7 +29,15 @@ def to_dtype(model: PreTrainedModel, dtype: str | torch.dtype) -> PreTrainedMode
         if dtype not in DTYPES:
             raise ConfigError(f"dtype must be auto, {', '.join(DTYPES)}; got '{dtype}'")
         dtype = DTYPES[dtype]
-    return model.to(dtype)  # type: ignore[arg-type] # transformers' wrapped `to` loses its self
+    cast_parameters(model, dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
+    """Cast parameters but no buffers: a rotary embedding's frequencies stay in float32, as transformers keeps them."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -28,7 +28,7 @@ from ptp.model.adapter import (
 )
 from ptp.model.auxiliary import make_auxiliary_embedding
 from ptp.model.gated_lora import Gate, add_gated_lora
-from ptp.model.loading import load_base_model, to_dtype
+from ptp.model.loading import cast_parameters, load_base_model, to_dtype
 from ptp.model.masks import context_mask, window_mask
 from ptp.sampling import SamplingRule
 
@@ -61,7 +61,7 @@ class PTPModel(nn.Module):
             self.ptp_config.auxiliary,
             self.ptp_config.auxiliary_size,
             tokens.shape[1],
-            tokens.float().square().mean().sqrt(),
+            float(tokens.float().square().mean().sqrt()),
         ).to(tokens.device)
         self.rule: SamplingRule | None = None
         self.survival: tuple[float, ...] = tuple(0.5**k for k in range(1, self.ptp_config.num_drafts + 1))
@@ -90,7 +90,8 @@ class PTPModel(nn.Module):
         model = cls(base_model if given else to_dtype(base_model, dtype), settings.config)
         model.load_adapter(adapter)
         model.rule, model.survival = settings.rule, settings.survival
-        return model.to(model.dtype).eval()
+        cast_parameters(model, model.dtype)
+        return model.eval()
 
     def load_adapter(self, adapter: Path) -> None:
         """Fill LoRA and auxiliary embedding from an adapter directory; every key and shape must match."""

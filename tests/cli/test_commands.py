@@ -1,0 +1,385 @@
+"""The commands as they are typed: in this process where that is enough, as programs where it is not."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.utils import logging as transformers_logging
+
+from ptp.cli import distill, generate, main, pregenerate, train
+from ptp.evaluation import verify as verify_module
+from ptp.sampling import uniform
+
+PROMPT = "def f3(x, y):"
+KEYS = {
+    "prompt_ids",
+    "token_ids",
+    "u",
+    "text",
+    "num_calls",
+    "num_draft_tokens",
+    "num_accepted_tokens",
+    "tokens_per_call",
+    "sampling",
+    "seed",
+    "base_model",
+    "dtype",
+    "finish_reason",
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def typed(command: Callable[[], None], *arguments: object, stdin: str = "") -> Result:
+    """Run a command's entry point in this process; an error that is not a user's goes through."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv = ["ptp", *map(str, arguments)]
+    patches = patch.object(sys, "argv", argv), patch.object(sys, "stdin", io.StringIO(stdin))
+    with patches[0], patches[1], redirect_stdout(out), redirect_stderr(err):
+        try:
+            command()
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def program(name: str, *arguments: object) -> Result:
+    """Run a console command as a program of its own."""
+    command = [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, check=False)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def files(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_foreign_bars() -> Iterator[None]:
+    """Programs switch other libraries' bars off before these are imported, which is too late here."""
+    transformers_logging.disable_progress_bar()
+    yield
+    transformers_logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def root(tiny_experiment: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/ and prompts.jsonl, other/ with another model, and experiment/, made by the commands from start to end."""
+    root = tmp_path_factory.mktemp("commands")
+    tiny_experiment(root)
+    tiny_experiment(root / "other", seed=1)
+    settings = [
+        "pregenerate.max_prompt_tokens=32",
+        "pregenerate.max_new_tokens=16",
+        "model.window=4",
+        "model.lora_rank=2",
+        "train.sequence_length=48",
+        "train.windows_per_sequence=32",
+        "train.bf16=false",
+        "train.learning_rate=3e-4",
+    ]
+    flags = [word for setting in settings for word in ("--set", setting)]
+    made = typed(
+        distill.main, root / "model", root / "prompts.jsonl", "--output-dir", root / "experiment", "--top-k", 40, *flags
+    )
+    assert (made.code, made.out) == (0, f"{root / 'experiment'}\n")
+    assert typed(pregenerate.main, root / "experiment").code == 0
+    assert typed(train.main, root / "experiment", "train.max_steps=3", "train.save_every=2").code == 0
+    return root
+
+
+@pytest.fixture
+def experiment(root: Path) -> Path:
+    return root / "experiment"
+
+
+@pytest.fixture
+def damaged(root: Path) -> Iterator[Path]:
+    """A copy of the experiment, beside it, to be damaged."""
+    shutil.copytree(root / "experiment", root / "damaged")
+    yield root / "damaged"
+    shutil.rmtree(root / "damaged")
+
+
+def generated(directory: Path, *arguments: object, prompt: str = PROMPT) -> dict[str, object]:
+    result = typed(generate.main, directory, "--prompt", prompt, "--json", *arguments)
+    assert result.code == 0, result.err
+    assert result.out.count("\n") == 1
+    return json.loads(result.out)
+
+
+def check_refused(result: Result, *words: str) -> None:
+    """One line that says what is wrong, though a progress bar may have begun."""
+    assert result.code == 2, result
+    assert result.out == ""
+    lines = [line for line in result.err.splitlines() if "━" not in line]
+    assert len(lines) == 1, result.err
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = """
+import sys
+from ptp.cli.main import main
+sys.argv = ["ptp", "--help"]
+try:
+    main()
+except SystemExit as exit:
+    assert not exit.code, exit.code
+slow = {"torch", "transformers", "peft", "numpy"} & set(sys.modules)
+assert not slow, slow
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("demo", "distill", "pregenerate", "train", "generate", "verify"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize("name", ["ptp", "ptp_distill", "ptp_pregenerate", "ptp_train", "ptp_generate"])
+def test_every_command_is_installed_and_has_help(name: str) -> None:
+    result = program(name, "--help")
+    assert (result.code, result.err) == (0, "")
+    assert "Usage" in result.out
+
+
+def test_the_stages_keep_data_off_standard_error_and_progress_off_standard_output(experiment: Path) -> None:
+    for command in (pregenerate.main, train.main):
+        result = typed(command, experiment, *(["train.max_steps=3"] if command is train.main else []))
+        assert (result.code, result.out) == (0, "")
+    assert "adapter in" in result.err
+    assert (experiment / "adapter" / "training.json").is_file()
+
+
+def test_options_and_settings_reach_the_experiment_s_files(experiment: Path, root: Path) -> None:
+    text = "".join(path.read_text() for path in experiment.glob("*.yaml"))
+    for line in ("top_k: 40", "temperature: 0.7", "learning_rate: 0.0003", "window: 4", f"base_model: {root}/model"):
+        assert line in text
+
+
+def test_generate_prints_one_json_object_with_every_field(experiment: Path) -> None:
+    record = generated(experiment, "--seed", 3, "--max-new-tokens", 20)
+    assert set(record) == KEYS
+    assert record["sampling"] == {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "order": "vocabulary"}
+    assert (record["seed"], record["dtype"]) == (3, "float32")
+    assert 0 < len(record["token_ids"]) == len(record["u"]) <= 20
+    assert record["tokens_per_call"] == len(record["token_ids"]) / record["num_calls"]
+    assert 0 <= record["num_accepted_tokens"] <= record["num_draft_tokens"]
+    assert record["finish_reason"] == ("length" if len(record["token_ids"]) == 20 else "stop")
+    start = len(record["prompt_ids"])
+    places = torch.arange(start, start + len(record["u"]))
+    assert record["u"] == uniform(3, 0, places).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ([], (0.7, 40, 0.95)),
+        (["--temperature", 1.3, "--top-k", 0, "--top-p", 1], (1.3, 0, 1.0)),
+        (["--temperature", 0.9, "--top-k", 15], (0.9, 15, 0.95)),
+    ],
+)
+def test_plain_transformers_finds_every_u_in_its_token_s_interval(
+    experiment: Path, root: Path, options: list[object], rule: tuple[float, int, float]
+) -> None:
+    temperature, top_k, top_p = rule
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    model = AutoModelForCausalLM.from_pretrained(root / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    for seed in range(3):
+        record = generated(experiment, "--seed", seed, "--max-new-tokens", 40, *options)
+        prompt_ids, token_ids = record["prompt_ids"], record["token_ids"]
+        assert prompt_ids == tokenizer(PROMPT)["input_ids"]
+        assert record["text"] == tokenizer.decode(token_ids, skip_special_tokens=True)
+        ids = torch.tensor([prompt_ids + token_ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(prompt_ids) - 1 : -1]
+        edges = warpers(ids, logits).double().softmax(-1).cumsum(-1)
+        for token, u, upper in zip(token_ids, record["u"], edges.tolist(), strict=True):
+            lower = upper[token - 1] if token else 0.0
+            assert lower < upper[token]
+            assert lower - 1e-6 <= u < upper[token] + 1e-6
+
+
+def test_the_budget_changes_the_calls_not_the_text(experiment: Path) -> None:
+    plain, parallel = (generated(experiment, "--budget", budget) for budget in (0, 24))
+    assert plain["token_ids"] == parallel["token_ids"]
+    assert plain["tokens_per_call"] == 1
+    assert (plain["num_draft_tokens"], plain["num_accepted_tokens"]) == (0, 0)
+    assert parallel["num_draft_tokens"] > 0
+
+
+def test_an_adapter_directory_and_a_prompt_on_standard_input_will_do(experiment: Path) -> None:
+    expected = generated(experiment)
+    result = typed(generate.main, experiment / "adapter", "--json", stdin=PROMPT)
+    assert json.loads(result.out) == expected
+    result = typed(generate.main, experiment, "--prompt", PROMPT)
+    assert result.out == f"{expected['text']}\n"
+    assert "tokens per call" in result.err
+
+
+def test_a_rule_the_adapter_was_not_trained_for_is_pointed_out(
+    experiment: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    generated(experiment, "--temperature", 0.7)
+    assert not caplog.messages
+    generated(experiment, "--temperature", 0.8)
+    assert [message[:27] for message in caplog.messages] == ["the adapter was trained for"]
+
+
+def test_verify_reports_a_lossless_adapter(experiment: Path) -> None:
+    result = typed(main.main, "verify", experiment, "--max-new-tokens", 12, "--report")
+    assert result.code == 0, result.err
+    lines = dict(line.rsplit("  ", 1) for line in result.out.splitlines())
+    figures = {name.strip(): value.strip() for name, value in lines.items()}
+    assert (figures["prompts"], figures["mismatches"], figures["near-ties"]) == ("1", "0", "0")
+    assert float(figures["tokens per call"]) >= 1
+    assert "<html" in (experiment / "report.html").read_text()
+
+
+def test_verify_fails_on_a_mismatch(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify_module, "compare", lambda *_: "mismatch")
+    result = typed(main.main, "verify", experiment, "--max-new-tokens", 4)
+    assert result.code == 1
+    assert "mismatches        1" in result.out
+
+
+def test_as_a_program_generate_prints_the_object_alone(experiment: Path) -> None:
+    result = program("ptp_generate", experiment, "--prompt", PROMPT, "--json")
+    assert (result.code, result.err) == (0, "")
+    assert json.loads(result.out) == generated(experiment)
+
+
+def test_as_a_program_a_bad_input_is_one_line(damaged: Path) -> None:
+    path = damaged / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    check_refused(program("ptp_generate", damaged, "--prompt", PROMPT), str(path), "corrupt")
+
+
+@pytest.mark.parametrize("command", [pregenerate.main, train.main])
+def test_an_unknown_setting_is_refused_with_the_nearest_known_one(
+    experiment: Path, command: Callable[[], None]
+) -> None:
+    before = files(experiment)
+    check_refused(typed(command, experiment, "train.leanring_rate=1"), "leanring_rate", "did you mean 'learning_rate'?")
+    assert files(experiment) == before
+
+
+def test_an_unknown_setting_in_a_file_is_refused(damaged: Path) -> None:
+    (damaged / "pregenerate.yaml").write_text("pregenerate: {seeed: 3}\n")
+    before = files(damaged)
+    check_refused(typed(pregenerate.main, damaged), "seeed", "did you mean 'seed'?")
+    check_refused(typed(main.main, "verify", damaged), "seeed")
+    assert files(damaged) == before
+
+
+@pytest.mark.parametrize("name", ["pregenerate", "train", "verify", "generate"])
+def test_a_missing_directory_is_refused_and_not_made(tmp_path: Path, name: str) -> None:
+    check_refused(typed(main.main, name, tmp_path / "nowhere"), str(tmp_path / "nowhere"), "no such")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_experiment_is_not_set_up_over_another_or_on_nothing(root: Path, experiment: Path, tmp_path: Path) -> None:
+    before = files(experiment)
+    inputs = [root / "model", root / "prompts.jsonl", "--output-dir"]
+    check_refused(typed(distill.main, *inputs, experiment), "already holds an experiment")
+    assert files(experiment) == before
+    new = tmp_path / "new"
+    check_refused(typed(distill.main, *inputs, new, "--top-p", 1.3), "top_p must lie in (0, 1]; got 1.3")
+    check_refused(typed(distill.main, *inputs, new, "--set", "model.windwo=3"), "did you mean 'window'?")
+    check_refused(typed(distill.main, *inputs, new, "--prompt-scheme", "{question}"), "has no column 'question'")
+    check_refused(typed(distill.main, root / "model", root / "none.jsonl", "--output-dir", new), "no such dataset")
+    check_refused(typed(distill.main, root, root / "prompts.jsonl", "--output-dir", new), str(root))
+    assert not new.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", "x" * 200], ["prompt has 201 tokens", "context is 96"]),
+        (["--prompt", ""], ["prompt"]),
+        ([], ["prompt"]),
+        (["--prompt", "x", "--top-p", 1.3], ["top_p must lie in (0, 1]; got 1.3"]),
+        (["--prompt", "x", "--temperature", -1], ["temperature must be 0 (greedy) or a number from", "got -1"]),
+        (["--prompt", "x", "--top-k", -2], ["top_k must be 0 (off) or a positive count", "got -2"]),
+        (["--prompt", "x", "--max-new-tokens", 0], ["max_new_tokens must be at least 1; got 0"]),
+        (["--prompt", "x", "--dtype", "float8"], ["dtype must be auto", "got 'float8'"]),
+    ],
+    ids=["too long", "empty", "empty standard input", "top-p", "temperature", "top-k", "no tokens", "dtype"],
+)
+def test_a_request_that_cannot_be_served_is_refused(
+    experiment: Path, arguments: list[object], words: list[str]
+) -> None:
+    before = files(experiment)
+    check_refused(typed(generate.main, experiment, *arguments), *words)
+    assert files(experiment) == before
+
+
+@pytest.mark.parametrize("options", [["--budget", -1], ["--seed", -1], ["--top-k", "many"], ["--bugdet", 3]])
+def test_an_option_out_of_range_is_named(experiment: Path, options: list[object]) -> None:
+    result = typed(generate.main, experiment, "--prompt", "x", *options)
+    assert (result.code, result.out) == (2, "")
+    assert str(options[0]) in result.err
+    assert "Traceback" not in result.err
+
+
+def test_an_adapter_for_another_base_model_is_refused(root: Path, damaged: Path) -> None:
+    path = damaged / "adapter" / "ptp_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"base_model": str(root / "other" / "model")}))
+    before = files(damaged)
+    check_refused(typed(generate.main, damaged, "--prompt", PROMPT), "was made for", "got")
+    check_refused(typed(main.main, "verify", damaged), "was made for", "got")
+    assert files(damaged) == before
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "auxiliary.safetensors", "ptp_config.json"])
+def test_a_corrupt_adapter_is_refused_by_file(damaged: Path, name: str) -> None:
+    path = damaged / "adapter" / name
+    path.write_bytes(path.read_bytes()[:-100])
+    before = files(damaged)
+    check_refused(typed(generate.main, damaged, "--prompt", PROMPT), str(path))
+    assert files(damaged) == before
+
+
+def test_a_base_model_that_is_gone_is_named(damaged: Path) -> None:
+    path = damaged / "adapter" / "ptp_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model": "../../gone"}))
+    check_refused(typed(generate.main, damaged, "--prompt", PROMPT), "../../gone")
+
+
+def test_a_stopped_command_leaves_without_a_traceback(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ptp.stages.pregenerate", stop)
+    result = typed(pregenerate.main, experiment)
+    assert result.code == 130
