@@ -1,6 +1,6 @@
 """Write docs/sample.svg, the README's picture: a held-out prompt of an experiment, completed and coloured by call.
 
-    python docs/make_sample.py experiments/demo --prompt-number 0
+python docs/make_sample.py experiments/demo --prompt-number 0
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import pytest
 import ptp
 
 SOURCE = Path(ptp.__file__).parent
-FOUNDATION = {"sampling", "config", "errors", "records", "cache"}
+FOUNDATION = {"sampling", "config", "errors", "records", "cache", "attention"}
 ALLOWED = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     "data": FOUNDATION | {"data"},

@@ -131,3 +131,10 @@ def test_batches_hold_everything_once_with_neighbours_in_length_together() -> No
     assert [len(batch) for batch in batches] == [5, 5, 5, 5, 3]
     ordered = [lengths[i] for batch in batches for i in batch]
     assert ordered == sorted(lengths)
+
+
+def test_a_model_with_eager_attention_is_sampled_as_plain_decoding_samples_it(tiny_llama: Callable) -> None:
+    base, rule = tiny_llama(24, attention="eager"), SamplingRule()
+    for place, completion in enumerate(sampled(base, rule, list(range(len(PROMPTS))))):
+        expected = decode_plainly(base, make_request(base, PROMPTS[place], 20, SEED, 100 + place, ENDS), rule)
+        assert completion.ids[len(PROMPTS[place]) :].tolist() == expected

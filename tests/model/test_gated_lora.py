@@ -133,3 +133,20 @@ def test_targets_that_match_nothing_are_an_error(tiny_llama: Callable) -> None:
     with pytest.raises(ConfigError) as error:
         add_gated_lora(tiny_llama(layers=1), ("c_attn",), 2, 2.0, Gate())
     assert str(error.value) == "lora_targets matches no linear layer of LlamaForCausalLM; got ('c_attn',)"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_merged_layer_computes_the_same_and_leaves_ungated_positions_to_the_base(rows: int) -> None:
+    gate = Gate()
+    layer = GatedLoRA(torch.nn.Linear(8, 6), rank=2, alpha=4.0, gate=gate)
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(rows, 7, 8)
+    with gate.opened(3):
+        beside = layer(x)
+        layer.merge()
+        merged = layer(x)
+        layer.unmerge()
+        assert torch.equal(layer(x), beside)
+    torch.testing.assert_close(merged, beside, rtol=1e-5, atol=1e-5)
+    assert torch.equal(merged[:, :3], layer.base(x[:, :3]))

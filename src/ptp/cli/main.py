@@ -27,3 +27,7 @@ for name, module in {
 def main() -> None:
     """Entry point of `ptp`."""
     run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptp.attention import native_mask
 from ptp.cache import RollbackCache
 from ptp.data.packing import Completion
 from ptp.sampling import SamplingRule, interval, pick, uniform, warp
@@ -54,7 +55,7 @@ def sample_completions(
     for step in range(max_new_tokens):
         logits = base_model(
             input_ids=inputs,
-            attention_mask=mask,
+            attention_mask=native_mask(base_model, mask),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,

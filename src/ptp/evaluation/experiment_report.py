@@ -24,7 +24,8 @@ from ptp.model.ptp_model import PTPModel
 from ptp.stages import read_training_result, validation_prompts
 
 SMALL_MODEL = 50_000_000
-"""Parameters below which a decoding call on a CPU is too short to share among threads."""
+"""Parameters below which a decoding call is bound by the number of its operations: it is then run on one thread of a
+CPU, both ways of decoding, and with merged adapter weights, whose memory is no matter."""
 
 
 def verify_experiment(
@@ -41,7 +42,8 @@ def verify_experiment(
     plain_model = load_base_model(experiment.base_model, dtype).eval()
     model = PTPModel.from_pretrained(experiment.directory, dtype=dtype)
     prompts = validation_prompts(experiment, num_prompts)
-    decoder = Decoder(model, experiment.config.sampling, budget)
+    small = plain_model.num_parameters() < SMALL_MODEL
+    decoder = Decoder(model, experiment.config.sampling, budget, merge=small)
     comparisons = []
     with decoding_threads(plain_model.num_parameters()):
         # One prompt unmeasured: the first calls of a process pay for what later ones reuse.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from ptp.attention import native_mask
 from ptp.config import PTPConfig
 from ptp.errors import AdapterError, ConfigError
 from ptp.model.adapter import (
@@ -161,7 +162,7 @@ class PTPModel(nn.Module):
             return self.base_model(
                 **named,
                 position_ids=positions,
-                attention_mask=self._native_mask(mask),
+                attention_mask=native_mask(self.base_model, mask),
                 past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=logits_to_keep,
@@ -197,12 +198,6 @@ class PTPModel(nn.Module):
             window_positions = window_positions.clamp(max=longest - 1)
         windows = self.call(inputs, window_positions, window_mask(document, starts, window), cache, gate_start=0)
         return WindowLogits(windows, context if context_logits else None)
-
-    def _native_mask(self, mask: Tensor | None) -> Tensor | None:
-        """Boolean for SDPA; eager attention adds its mask to the scores."""
-        if mask is None or self.base_model.config._attn_implementation == "sdpa":
-            return mask
-        return torch.zeros_like(mask, dtype=self.dtype).masked_fill(~mask, torch.finfo(self.dtype).min)
 
 
 def end_token_ids(base_model: PreTrainedModel) -> list[int]:
