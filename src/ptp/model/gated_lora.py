@@ -72,7 +72,8 @@ class GatedLoRA(nn.Module):
         if start > 0 and self.merged is not None:
             window = nn.functional.linear(x[..., start:, :], self.merged, self.base.bias)
             return torch.cat([self.base(x[..., :start, :]), window], dim=-2)
-        lora_A, lora_B = self.lora_A, self.lora_B
+        lora_A: Tensor = self.lora_A
+        lora_B: Tensor = self.lora_B
         if lora_A.dtype != x.dtype:
             lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         if start == 0:
