@@ -51,6 +51,14 @@ FILES: dict[str, tuple[str, ...]] = {
 }
 
 
+SECTIONS: dict[str, type[Record]] = {
+    "pregenerate": PregenerateConfig,
+    "model": PTPConfig,
+    "train": TrainConfig,
+    "sampling": SamplingRule,
+}
+
+
 @dataclass(frozen=True)
 class Experiment:
     """An experiment directory and its settings."""
@@ -78,7 +86,9 @@ class Experiment:
         """Write the settings files of a new experiment. Refuses to overwrite one."""
         existing = [name for name in FILES if (self.directory / name).exists()]
         if existing:
-            raise ConfigError(f"{self.directory} already holds an experiment ({existing[0]}); choose another directory")
+            raise ConfigError(
+                f"{self.directory} already holds an experiment ({existing[0]}); choose another with --output-dir"
+            )
         self.directory.mkdir(parents=True, exist_ok=True)
         values = self.config.model_dump(mode="json")
         for name, keys in FILES.items():
@@ -144,6 +154,9 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{section} must hold settings by name; got {target[section]!r}")
         target, record = target[section], field.annotation
     if key not in record.model_fields:
+        for section, config in SECTIONS.items():
+            if not sections and key in config.model_fields:
+                raise ConfigError(f"'{key}' belongs to a section; did you mean '{section}.{key}={text}'?")
         raise ConfigError(unknown_key(key, record.model_fields, record.__name__))
     target[key] = text if record.model_fields[key].annotation is str else parse_value(text)
 

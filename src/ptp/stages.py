@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel, TrainerCallback, set_seed
 
@@ -113,7 +114,8 @@ class TrainingResult:
     """What training measured on held-out windows.
 
     accuracy: right predictions by window index. survival: the acceptance profile. validation_loss: mean over targets.
-    num_masked: targets the sampling rule gives no mass. curves: (step, value) by name.
+    num_masked: targets the sampling rule gives no mass. curves: (step, value) by name. config: all settings of the
+    run, overrides included, as `ExperimentConfig` has them.
     """
 
     accuracy: list[float]
@@ -121,6 +123,7 @@ class TrainingResult:
     validation_loss: float
     num_masked: int
     curves: dict[str, list[tuple[int, float]]]
+    config: dict[str, Any]
 
 
 def train(experiment: Experiment, callbacks: Sequence[TrainerCallback] = ()) -> TrainingResult:
@@ -145,6 +148,7 @@ def train(experiment: Experiment, callbacks: Sequence[TrainerCallback] = ()) -> 
         survival=list(metrics.survival),
         validation_loss=metrics.mean_loss,
         num_masked=metrics.num_masked,
+        config=experiment.config.model_dump(mode="json"),
         curves={
             "training loss": [(int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row]
         },

@@ -45,7 +45,8 @@ def command(
         prompt = sys.stdin.read()
     if not prompt:
         raise DecodingError("the prompt is empty; give some text to complete")
-    tokenizer = load_tokenizer(resolve_base_model(adapter, settings.base_model))
+    base_model = resolve_base_model(adapter, settings.base_model)
+    tokenizer = load_tokenizer(base_model)
     model = PTPModel.from_pretrained(adapter, dtype=dtype)
     prompt_ids = tokenizer(prompt)["input_ids"]
     out = Decoder(model, rule, budget).generate(prompt_ids, max_new_tokens, seed)
@@ -68,7 +69,7 @@ def command(
         "tokens_per_call": out.tokens_per_call,
         "sampling": rule.model_dump(mode="json"),
         "seed": seed,
-        "base_model": settings.base_model,
+        "base_model": base_model,
         "dtype": str(model.dtype).removeprefix("torch."),
         "finish_reason": out.finish_reason,
     }

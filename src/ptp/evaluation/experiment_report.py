@@ -87,10 +87,14 @@ def make_report(experiment: Experiment, verification: Verification, budget: int)
         for c in comparisons
     ]
     settings = {
-        name.removesuffix(".yaml"): {key: str(value) for key, value in _flat(config.model_dump(mode="json"), keys)}
+        name.removesuffix(".yaml"): {key: str(value) for key, value in _flat(result.config, keys)}
         for name, keys in FILES.items()
     }
-    settings["decoding"] = {"budget": str(budget), "verified by": f"ptp verify {experiment.directory} --report"}
+    settings["decoding"] = {
+        "budget": str(budget),
+        "prompts": str(len(comparisons)),
+        "max_new_tokens": str(max(c.request.max_new_tokens for c in comparisons)),
+    }
     return Report(
         title=experiment.directory.name,
         model=config.base_model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,6 +15,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def load_base_model(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """Any causal LM by hub id or local path, on the GPU if there is one. dtype: see `to_dtype`."""
+    _check_path(name, "base model")
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     except (OSError, ValueError, KeyError) as error:
@@ -42,10 +45,17 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a base model."""
+    _check_path(name, "tokenizer")
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"cannot load the tokenizer of '{name}': {_first_line(error)}") from error
+
+
+def _check_path(name: str, what: str) -> None:
+    """A path that does not exist is no hub id either; transformers' own message would speak of those."""
+    if name.startswith(("/", ".", "~")) and not Path(name).exists():
+        raise ConfigError(f"cannot load the {what} of '{name}': there is no such directory")
 
 
 def _first_line(error: Exception) -> str:
