@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ptp import Decoder, PTPModel
+from ptp import Decoder, Generation, PTPModel
+from ptp.decoding.plain import decode_plainly
+from ptp.decoding.requests import make_request
 from ptp.evaluation.report import Sample, coloured_svg, pieces
 from ptp.experiment import Experiment
 from ptp.model.loading import load_tokenizer
@@ -25,13 +27,15 @@ def main() -> None:
     prompt = validation_prompts(experiment, arguments.prompt_number + 1)[-1]
     tokenizer = load_tokenizer(experiment.base_model)
     model = PTPModel.from_pretrained(arguments.directory)
-    generation = Decoder(model, budget=arguments.budget).generate(prompt, sequence=arguments.prompt_number)
+    decoder = Decoder(model, budget=arguments.budget)
+    request = make_request(model.base_model, prompt, max_new_tokens=128, seed=0, sequence=arguments.prompt_number)
+    generation = Generation.of(list(decoder.steps(request)), request)
     sample = Sample(
         prompt=tokenizer.decode(prompt, skip_special_tokens=True),
         pieces=pieces(generation, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))),
         tokens_per_call=generation.tokens_per_call,
         num_calls=generation.num_calls,
-        lossless=True,
+        lossless=decode_plainly(model.base_model, request, decoder.rule) == generation.token_ids,
     )
     Path(__file__).with_name("sample.svg").write_text(coloured_svg(sample), encoding="utf-8")
 
