@@ -11,7 +11,18 @@ from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ptp.errors import ConfigError
-from ptp.sampling import SamplingRule, inside, interval, philox_4x32, pick, probability, uniform, warp
+from ptp.sampling import (
+    SamplingRule,
+    draw,
+    inside,
+    interval,
+    philox_4x32,
+    pick,
+    probability,
+    token_intervals,
+    uniform,
+    warp,
+)
 
 
 @st.composite
@@ -118,6 +129,50 @@ def test_pick_inverts_interval(case: tuple[Tensor, SamplingRule], z: float) -> N
             assert torch.equal(pick(distribution, number.clamp(max=1 - 2**-24))[some], token[some])
 
 
+@given(logits_and_rule(), st.floats(0, 1 - 2**-24, width=32))
+def test_draw_is_pick_and_the_interval_of_what_it_picked_to_the_bit(
+    case: tuple[Tensor, SamplingRule], number: float
+) -> None:
+    values, rule = case
+    distribution = warp(values, rule)
+    # Also where intervals begin, whose u must not count to the entry before.
+    for u in (torch.full((len(values),), number), distribution.upper[:, 0].clamp(max=1 - 2**-24)):
+        token, lower, upper = draw(distribution, u)
+        assert torch.equal(token, pick(distribution, u))
+        assert torch.equal(torch.stack([lower, upper]), torch.stack(interval(distribution, token)))
+        assert ((lower <= u) & (u < upper)).all()
+
+
+@given(logits_and_rule(), st.data())
+def test_intervals_of_sequences_are_those_of_each_token_after_the_logits_before_it(
+    case: tuple[Tensor, SamplingRule], data: st.DataObject
+) -> None:
+    values, rule = case
+    rows, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 6))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))
+    sequences = values[torch.randint(len(values), (rows, length), generator=generator)]
+    ids = torch.randint(values.shape[1], (rows, length), generator=generator)
+    wanted = torch.rand(rows, length, generator=generator) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    wanted[:, 0] = False
+    with mock.patch("ptp.sampling.INTERVAL_ROWS", data.draw(st.integers(1, 8))):
+        lower, upper = token_intervals(sequences, ids, wanted, rule)
+    assert lower.dtype == upper.dtype == torch.float32
+    for row, place in np.ndindex(rows, length):
+        expected = interval(warp(sequences[row, place - 1], rule), ids[row, place]) if wanted[row, place] else (0, 0)
+        assert (lower[row, place], upper[row, place]) == expected
+
+
+def test_intervals_of_long_sequences_are_computed_in_parts_that_bound_their_memory() -> None:
+    sequences, ids = torch.zeros(2, 40, 5), torch.zeros(2, 40, dtype=torch.int64)
+    wanted = torch.arange(40).expand(2, -1) > 0
+    with mock.patch("ptp.sampling.INTERVAL_ROWS", 10), mock.patch("ptp.sampling.warp", side_effect=warp) as warped:
+        lower, upper = token_intervals(sequences.bfloat16(), ids, wanted, SamplingRule())
+    assert sum(len(call.args[0]) for call in warped.call_args_list) == wanted.sum()
+    assert all(len(call.args[0]) <= 10 for call in warped.call_args_list)
+    # A fifth has no exact number in bfloat16.
+    assert ((upper - lower)[wanted] == torch.tensor(0.2)).all()
+
+
 @given(logits_and_rule())
 def test_intervals_tile_the_unit_interval(case: tuple[Tensor, SamplingRule]) -> None:
     values, rule = case
@@ -211,7 +266,16 @@ unit_floats = st.floats(0, 1, width=32)
 def test_inside_never_leaves_the_interval(a: float, b: float, z: float) -> None:
     lower, upper = torch.tensor(sorted((a, b)), dtype=torch.float32)
     u = inside(lower, upper, torch.tensor(z, dtype=torch.float32))
-    assert lower <= u < upper or lower == u == upper
+    assert lower <= u < upper or lower == u == upper or lower == upper == 1
+    assert u < 1
+
+
+@pytest.mark.parametrize("order", ["vocabulary", "probability"])
+def test_some_token_is_picked_where_a_token_too_unlikely_for_float32_lies_behind_all_mass(order: str) -> None:
+    distribution = warp(torch.tensor([0.0, 1.0, -40.0]), SamplingRule(order=order))
+    lower, upper = interval(distribution, torch.tensor(2))
+    assert lower == upper == 1
+    assert pick(distribution, inside(lower, upper, torch.tensor(0.5))) != 2
 
 
 @pytest.mark.parametrize("order", ["vocabulary", "probability", (4, 2, 0, 5, 1, 3)])

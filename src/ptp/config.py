@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from ptp.records import Record
+
+
+class StudentConfig(Record):
+    """Size of a student: a Llama trained from scratch on the base model's completions (METHOD §6)."""
+
+    hidden_size: int = Field(ge=2)
+    num_layers: int = Field(ge=1)
+    num_heads: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _heads(self) -> StudentConfig:
+        # Rotary position embeddings turn pairs of numbers.
+        if self.hidden_size % (2 * self.num_heads):
+            raise ValueError(
+                f"a student's hidden_size must be an even number for each head; got {self.hidden_size} for "
+                f"{self.num_heads} heads"
+            )
+        return self
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the MLP."""
+        return 4 * self.hidden_size
 
 
 class PTPConfig(Record):
@@ -18,6 +43,7 @@ class PTPConfig(Record):
     auxiliary, auxiliary_size: name and size of the embedding of u (see `ptp.model.auxiliary`).
     anchor: add the embedding of the last context token to no window position, the "first", or "all".
     lora_rank, lora_alpha, lora_targets: the gated LoRA; targets are "all-linear" or last parts of module names.
+    student: train a student of this size in place of a LoRA; the lora_ settings then say nothing.
     """
 
     variant: Literal["one_hot", "categorical"] = "one_hot"
@@ -28,6 +54,7 @@ class PTPConfig(Record):
     lora_rank: int = Field(32, ge=1)
     lora_alpha: float = Field(32.0, gt=0)
     lora_targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    student: StudentConfig | None = None
 
     @property
     def shift(self) -> int:
@@ -49,37 +76,159 @@ class PTPConfig(Record):
         return self.window - self.lead
 
 
+Mode = Literal["prompt-distill", "prompt-scheme-distill", "full-chat", "fixed"]
+"""What is learnt from a dataset: the base model's answers to its chats or to prompts made by a scheme, or the chats'
+own assistant turns, or its texts."""
+
+Turns = Literal["each", "first"]
+"""Which turns of a chat's assistant are answered anew."""
+
+Tracker = Literal["none", "tensorboard", "wandb", "trackio", "mlflow"]
+"""Trackers offered; `train.report_to` takes any that transformers knows."""
+
+
+class SchemeTurn(Record):
+    """One turn of a prompt scheme that is a chat; `content` is a format string over the dataset's columns."""
+
+    role: str
+    content: str
+
+
+class DataConfig(Record):
+    """The dataset and how prompts or documents are made of it.
+
+    path, config, split, revision: as `datasets.load_dataset` takes them, or a local file or folder. column: the one
+    that holds the chats or the texts. prompt_scheme: a format string over the columns, or turns of a chat, the last of
+    which, if it is the assistant's, is left open. turns: a prompt before "each" assistant turn or the "first" one.
+    drop_system: leave system messages out. roles: further role names, as {"narrator": "assistant"}. tools: column of
+    tool definitions for the chat template. chat_template: a file used in place of the tokenizer's own.
+    """
+
+    path: str
+    mode: Mode
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    column: str = "text"
+    prompt_scheme: str | tuple[SchemeTurn, ...] = "{text}"
+    turns: Turns = "each"
+    drop_system: bool = False
+    roles: dict[str, str] = Field(default_factory=dict)
+    tools: str | None = None
+    chat_template: str | None = None
+
+    @property
+    def distils(self) -> bool:
+        """Whether the base model answers prompts; else the dataset's own text is trained."""
+        return self.mode in ("prompt-distill", "prompt-scheme-distill")
+
+
+class Endpoint(Record):
+    """An OpenAI-compatible server that samples in place of the base model.
+
+    url: its base, such as http://host:8000/v1. model: the base model's name there. api_key_env: environment variable
+    that holds the key. concurrency: requests in flight. timeout: seconds a request may take. max_retries: further
+    tries of a request that failed for a passing reason.
+    """
+
+    url: str
+    model: str
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = Field(64, ge=1)
+    timeout: float = Field(600.0, gt=0)
+    max_retries: int = Field(8, ge=0)
+
+    @field_validator("url")
+    @classmethod
+    def _url(cls, value: str) -> str:
+        # A port that is no number, or a bracket left open, is a ValueError with words of its own.
+        with suppress(ValueError):
+            parts = urlsplit(value)
+            if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+                return value
+        raise ValueError(f"url must be the server's base address, such as http://host:8000/v1; got {value!r}")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _api_key_env(cls, value: str) -> str:
+        if not value.isidentifier():
+            # Not repeated: it may be the key.
+            raise ValueError("api_key_env must be the name of an environment variable, such as OPENAI_API_KEY")
+        return value
+
+
 class PregenerateConfig(Record):
     """How the base model's completions are sampled.
 
-    Lengths are in tokens; longer prompts are left out and counted.
+    Lengths are in tokens. max_prompt_tokens: longer prompts are left out and counted. max_new_tokens: most tokens
+    of a completion, if not null. max_length: most of prompt and completion together. num_prompts: the first so many
+    only. shard_size: completions of one shard, which is written at once: a kill loses at most one. batch_size: rows of
+    a call; "auto" takes what fits into memory. engine: an endpoint to sample with instead.
     """
 
     max_prompt_tokens: int = Field(512, ge=1)
-    max_new_tokens: int = Field(512, ge=2)
-    batch_size: int = Field(64, ge=1)
+    max_new_tokens: int | None = Field(None, ge=2)
+    max_length: int = Field(1024, ge=3)
+    num_prompts: int | None = Field(None, ge=1)
+    completions_per_prompt: int = Field(1, ge=1)
+    batch_size: Literal["auto"] | int = "auto"
+    shard_size: int = Field(1024, ge=1)
     seed: int = Field(0, ge=0)
+    engine: Endpoint | None = None
+
+    @model_validator(mode="after")
+    def _sizes(self) -> PregenerateConfig:
+        if self.batch_size != "auto" and self.batch_size < 1:
+            raise ValueError(f"pregenerate.batch_size must be auto or a positive number of rows; got {self.batch_size}")
+        if self.max_prompt_tokens > self.max_length - 2:
+            raise ValueError(
+                f"pregenerate.max_prompt_tokens is {self.max_prompt_tokens}, which leaves no room for a completion in "
+                f"pregenerate.max_length {self.max_length}"
+            )
+        return self
 
 
 class TrainConfig(Record):
-    """How the adapter is trained.
+    """How the adapter, or the student, is trained.
 
-    max_steps: optimiser steps. batch_size: packed sequences per step and process. sequence_length: tokens of one;
-    windows_per_sequence: N. beta: concentration of u's place in its interval (METHOD §3). distillation: weight of the
-    KL to the teacher beside the cross-entropy's 1 (categorical only). position_decay: γ, weight γ^k of window
-    index k. save_every: steps between checkpoints.
+    max_steps: optimiser steps; num_epochs: passes over the data in their place. batch_size: packed sequences per step
+    and process, gradient_accumulation_steps times. sequence_length: tokens of one. windows_per_sequence: N. dtype: of
+    the base model's weights; a student's are float32, and computed with in dtype. beta: concentration of u's place in
+    its interval (METHOD §3). distillation: weight of the KL to the teacher beside the cross-entropy's 1 (categorical
+    only). position_decay: γ, weight γ^k of window index k. save_every: steps between checkpoints. report_to: trackers,
+    as transformers names them.
     """
 
-    max_steps: int = Field(2000, ge=1)
+    max_steps: int | None = Field(2000, ge=1)
+    num_epochs: float | None = Field(None, gt=0)
     batch_size: int = Field(8, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
     sequence_length: int = Field(1024, ge=8)
     windows_per_sequence: int = Field(64, ge=1)
     learning_rate: float = Field(1e-4, gt=0)
     optimizer: str = "adamw"
     warmup_steps: int = Field(50, ge=0)
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     beta: float = Field(0.3, gt=0)
     distillation: float = Field(0.0, ge=0)
     position_decay: float = Field(1.0, gt=0, le=1)
-    bf16: bool = True
     save_every: int = Field(250, ge=1)
+    report_to: tuple[str, ...] = ()
     seed: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _length(self) -> TrainConfig:
+        if (self.max_steps is None) == (self.num_epochs is None):
+            raise ValueError(
+                f"give one of train.max_steps and train.num_epochs, the other null; got {self.max_steps} and "
+                f"{self.num_epochs}"
+            )
+        return self
+
+    def num_steps(self, num_sequences: int, num_processes: int = 1) -> int:
+        """Optimiser steps for a data set that packs into so many sequences."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.num_epochs is not None
+        a_step = self.batch_size * self.gradient_accumulation_steps * num_processes
+        return max(1, round(self.num_epochs * num_sequences / a_step))

@@ -36,7 +36,9 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> str:
 
 
 def _describe(error: ValidationError, record: type[BaseModel]) -> str:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    # Of the ways to read a value that may be several things, one that came as far as words of its own says most.
+    first = next((one for one in errors if one["type"] == "value_error"), errors[0])
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return unknown_key(str(first["loc"][-1]), record.model_fields, record.__name__)

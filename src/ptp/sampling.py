@@ -134,8 +134,18 @@ def warp(logits: Tensor, rule: SamplingRule) -> Distribution:
 
 def pick(distribution: Distribution, u: Tensor) -> Tensor:
     """The token whose interval holds u. u: (...) float32 in [0, 1); returns (...) int64."""
-    index = torch.searchsorted(distribution.upper, u.unsqueeze(-1).contiguous(), right=True)
-    return distribution.token_ids.gather(-1, index).squeeze(-1)
+    return distribution.token_ids.gather(-1, _entry(distribution, u)).squeeze(-1)
+
+
+def draw(distribution: Distribution, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`pick` and the `interval` of what it picked: tokens int64, lower and upper float32, each (...).
+
+    The edges are read where u was found, not searched for by token: the same numbers for less.
+    """
+    index = _entry(distribution, u)
+    before = distribution.upper.gather(-1, (index - 1).clamp(min=0)).masked_fill(index == 0, 0)
+    token, upper = (values.gather(-1, index).squeeze(-1) for values in (distribution.token_ids, distribution.upper))
+    return token, before.squeeze(-1), upper
 
 
 def interval(distribution: Distribution, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,10 +162,30 @@ def probability(distribution: Distribution, tokens: Tensor) -> Tensor:
     return torch.where(distribution.token_ids == tokens.unsqueeze(-1), distribution.probs, 0).sum(-1)
 
 
+INTERVAL_ROWS = 1024
+"""Rows of logits warped at a time, which bounds the memory of `token_intervals`."""
+
+
+def token_intervals(logits: Tensor, ids: Tensor, wanted: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
+    """Intervals of the tokens of whole sequences: that of token j under the distribution row j − 1 gives.
+
+    logits: (B, S, V); ids: (B, S); wanted: (B, S) bool, not at j = 0. Returns (lower, upper), (B, S) float32, zero
+    where not wanted.
+    """
+    edges = logits.new_zeros(2, *ids.shape, dtype=torch.float32)
+    for row, place in zip(*(index.split(INTERVAL_ROWS) for index in torch.nonzero(wanted, as_tuple=True)), strict=True):
+        distribution = warp(logits[row, place - 1], rule)
+        edges[:, row, place] = torch.stack(interval(distribution, ids[row, place]))
+    return edges[0], edges[1]
+
+
 def inside(lower: Tensor, upper: Tensor, z: Tensor) -> Tensor:
-    """u = lower + (upper − lower)·z, kept inside [lower, upper) against rounding. z in [0, 1]; empty stays lower."""
+    """u = lower + (upper − lower)·z, kept inside [lower, upper) against rounding. z in [0, 1]; empty stays lower.
+
+    An empty interval may lie at 1, behind all mass; u stays below 1 there too, so that some token can be picked.
+    """
     u = lower + (upper - lower) * z
-    return torch.maximum(torch.minimum(u, torch.nextafter(upper, lower)), lower)
+    return torch.maximum(torch.minimum(u, torch.nextafter(upper, lower)), lower).clamp(max=1 - 2**-24)
 
 
 def uniform(seed: int, sequence: int | Tensor, position: int | Tensor) -> Tensor:
@@ -193,17 +223,27 @@ def philox_4x32(counter: Words, key: tuple[int, int], rounds: int = 10) -> Words
     return c0, c1, c2, c3
 
 
+def _entry(distribution: Distribution, u: Tensor) -> Tensor:
+    """Index (..., 1) of the entry whose interval holds u."""
+    return torch.searchsorted(distribution.upper, u.unsqueeze(-1).contiguous(), right=True)
+
+
 def _candidates(scores: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
     """Scores and ids of the tokens top-k leaves, padded with −inf, ids ascending so that ties sort as over V."""
     vocab_size = scores.shape[-1]
     if not 0 < rule.top_k < vocab_size:
         return scores, torch.arange(vocab_size, device=scores.device).expand_as(scores)
-    threshold = scores.topk(rule.top_k).values[..., -1:]
-    size = int((scores >= threshold).sum(-1).max()) if scores.numel() else rule.top_k
-    scores, token_ids = scores.topk(size)
+    # One more than k shows whether a tie reaches beyond the k-th; only then are ties counted over all of V.
+    best, token_ids = scores.topk(rule.top_k + 1)
+    threshold = best[..., -2:-1]
+    if (best[..., -1:] == threshold).any():
+        size = int((scores >= threshold).sum(-1).max())
+        best, token_ids = scores.topk(size)
+    else:
+        best, token_ids = best[..., :-1], token_ids[..., :-1]
     token_ids, by_id = token_ids.sort(-1)
-    scores = scores.gather(-1, by_id)
-    return scores.masked_fill(scores < threshold, -torch.inf), token_ids
+    best = best.gather(-1, by_id)
+    return best.masked_fill(best < threshold, -torch.inf), token_ids
 
 
 def _in_order(probs: Tensor, token_ids: Tensor, order: Order) -> tuple[Tensor, Tensor]:
