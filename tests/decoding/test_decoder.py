@@ -124,6 +124,8 @@ def test_a_branch_that_came_true_is_the_training_window_behind_the_same_context(
     decoder = SpyDecoder(model, truth.token_ids, budget=24)
     decoder.generate(PROMPT, num_tokens, seed=4, end_token_ids=[])
     ids = torch.tensor([PROMPT + truth.token_ids])
+    # Intervals of no width are the numbers themselves.
+    u = torch.tensor([[0.0] * len(PROMPT) + truth.u])
     opened = [(logits, num_behind) for logits, num_behind in decoder.seen if len(logits)]
     assert len(opened) > 3
     for logits, num_behind in opened:
@@ -132,9 +134,12 @@ def test_a_branch_that_came_true_is_the_training_window_behind_the_same_context(
             ids=ids,
             document=torch.zeros_like(ids),
             positions=torch.arange(ids.shape[1]).unsqueeze(0),
+            span=torch.zeros_like(ids),
             starts=torch.tensor([[len(PROMPT) + bonus]]),
-            u=torch.tensor(truth.u[bonus : bonus + len(logits)]).view(1, 1, -1),
-        ).windows[0]
+            z=torch.zeros(1, 1, 8),
+            lower=u,
+            upper=u,
+        ).windows[0, : len(logits)]
         torch.testing.assert_close(logits, window, rtol=1e-3, atol=1e-3)
 
 

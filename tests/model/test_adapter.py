@@ -3,6 +3,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -11,8 +12,9 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from ptp.config import PTPConfig
+from ptp.data.documents import Documents
 from ptp.data.packing import WindowStream, collate
-from ptp.data.teacher import sample_completions
+from ptp.data.teacher import Prompt, sample_completions
 from ptp.errors import AdapterError
 from ptp.model.adapter import AUXILIARY_WEIGHTS, LORA_WEIGHTS, SETTINGS, fingerprint
 from ptp.model.auxiliary import EMBEDDINGS
@@ -54,11 +56,19 @@ def saved(model: PTPModel, tmp_path: Path) -> Path:
 
 @torch.no_grad()
 def window_logits(model: PTPModel, tiny_llama: Callable) -> Tensor:
+    prompts = [Prompt(np.array([3, 4], np.int32), [0])]
     completions = sample_completions(
-        tiny_llama(), [[3, 4]], SamplingRule(), seed=0, sequences=[0], max_new_tokens=20, end_token_ids=[]
+        tiny_llama(),
+        prompts,
+        SamplingRule(),
+        seed=0,
+        max_length=22,
+        max_new_tokens=None,
+        end_token_ids=[],
+        batch_size=1,
     )
-    stream = WindowStream(completions, sequence_length=24, num_windows=5, window=4, beta=1.0, seed=0)
-    return model(**{key: value for key, value in collate([stream[0]]).items() if key != "mass"}).windows
+    stream = WindowStream(Documents.of(completions), sequence_length=24, num_windows=5, window=4, beta=1.0, seed=0)
+    return model(**collate([stream[0]])).windows
 
 
 def one_line_error(directory: Path, base_model: LlamaForCausalLM | None = None) -> str:

@@ -1,3 +1,5 @@
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,9 +9,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ptp.config import PTPConfig
+from ptp.demo import make_tokenizer
 from ptp.errors import ConfigError
-from ptp.model.loading import DTYPES, load_base_model, load_tokenizer
-from ptp.model.ptp_model import PTPModel
+from ptp.model.loading import DTYPES, load_base_model, load_config, load_context_length, load_end_tokens, load_tokenizer
+from ptp.model.ptp_model import PTPModel, end_token_ids
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +59,38 @@ def test_what_cannot_be_loaded_is_an_error_of_one_line(directory: Path, tmp_path
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=r"dtype must be auto, float32, bfloat16, float16; got 'int8'"):
         load_base_model(str(directory / "base"), "int8")
+
+
+def changed(directory: Path, copy: Path, name: str, **values: object) -> str:
+    """A copy of the base model with other values in a JSON file, or without those that are None."""
+    shutil.copytree(directory / "base", copy)
+    content = json.loads((copy / name).read_text()) | values
+    (copy / name).write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return str(copy)
+
+
+def test_the_end_tokens_are_those_that_the_loaded_model_has(directory: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(["a"], 259)
+    several = changed(directory, tmp_path / "several", "generation_config.json", eos_token_id=[3, 1])
+    single = changed(directory, tmp_path / "single", "generation_config.json", eos_token_id=3)
+    bare = changed(directory, tmp_path / "bare", "config.json", eos_token_id=5)
+    (tmp_path / "bare" / "generation_config.json").unlink()
+    for name, expected in [(several, [3, 1]), (single, [3]), (bare, [5])]:
+        assert load_end_tokens(name, tokenizer) == expected
+        assert end_token_ids(load_base_model(name)) == expected
+
+
+def test_a_model_that_names_no_end_token_ends_with_its_tokenizer_s(directory: Path, tmp_path: Path) -> None:
+    name = changed(directory, tmp_path / "silent", "generation_config.json", eos_token_id=None)
+    tokenizer = make_tokenizer(["a"], 259)
+    assert load_end_tokens(name, tokenizer) == [tokenizer.eos_token_id]
+    tokenizer.eos_token = None
+    assert load_end_tokens(name, tokenizer) == []
+
+
+def test_a_context_s_length_is_read_without_the_weights(directory: Path, tmp_path: Path) -> None:
+    name = changed(directory, tmp_path / "copy", "config.json", max_position_embeddings=77)
+    (tmp_path / "copy" / "model.safetensors").unlink()
+    assert load_context_length(name) == 77
+    with pytest.raises(ConfigError, match="cannot load the base model"):
+        load_config(str(tmp_path))

@@ -2,15 +2,20 @@ from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
 from ptp.config import PTPConfig
+from ptp.data.documents import Document, Documents
+from ptp.data.packing import WindowStream, collate
+from ptp.data.teacher import Prompt, sample_completions
 from ptp.errors import PTPError
 from ptp.model.auxiliary import EMBEDDINGS
 from ptp.model.ptp_model import PTPModel
+from ptp.sampling import SamplingRule, interval, token_intervals, warp
 
 WINDOW = 4
 LENGTHS = [[5, 9, 3], [12, 4]]
@@ -19,7 +24,10 @@ STARTS = torch.tensor([[2, 6, 7, 12, 16], [1, 5, 11, 13, 14]])
 
 
 def packed() -> dict[str, Tensor]:
-    """Two rows of documents with padding behind, windows that overlap, start early and run over their ends."""
+    """Two rows of documents with padding behind, windows that overlap, start early and run over their ends.
+
+    Each document is one span; u is z in it, and 0 past its end.
+    """
     generator = torch.Generator().manual_seed(1)
     document, positions = torch.full((2, SIZE), -1), torch.zeros(2, SIZE, dtype=torch.int64)
     for row, lengths in enumerate(LENGTHS):
@@ -29,23 +37,54 @@ def packed() -> dict[str, Tensor]:
             positions[row, begin : begin + length] = torch.arange(length)
             begin += length
     ids = torch.randint(40, (2, SIZE), generator=generator)
-    u = torch.rand(*STARTS.shape, WINDOW, generator=generator)
-    return {"ids": ids, "document": document, "positions": positions, "starts": STARTS, "u": u}
+    z = torch.rand(*STARTS.shape, WINDOW, generator=generator)
+    edges = {"lower": torch.zeros(2, SIZE), "upper": torch.ones(2, SIZE)}
+    return {
+        "ids": ids,
+        "document": document,
+        "positions": positions,
+        "span": document,
+        "starts": STARTS,
+        "z": z,
+        **edges,
+    }
+
+
+def one_document(length: int, start: int, window: int) -> dict[str, Tensor]:
+    """One row with one document and one window."""
+    ids, zeros = torch.arange(length).unsqueeze(0), torch.zeros(1, length)
+    return {
+        "ids": ids,
+        "document": torch.zeros_like(ids),
+        "positions": ids.clone(),
+        "span": torch.zeros_like(ids),
+        "starts": torch.tensor([[start]]),
+        "z": torch.rand(1, 1, window),
+        "lower": zeros,
+        "upper": zeros + 1,
+    }
+
+
+def unknown(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch without its intervals."""
+    return {name: value for name, value in batch.items() if name not in ("lower", "upper")}
 
 
 def window_logits(model: PTPModel, batch: dict[str, Tensor]) -> Tensor:
     """(B, N, L, V)."""
-    return model(**batch).windows.unflatten(1, (STARTS.shape[1], WINDOW))
+    return model(**batch).windows.unflatten(1, (-1, WINDOW))
 
 
 def one_window_alone(model: PTPModel, batch: dict[str, Tensor], row: int, number: int) -> Tensor:
     """(L, V) of one window, with nothing in the call but its document before its start."""
     start = int(batch["starts"][row, number])
     begin = start - int(batch["positions"][row, start])
+    inside = batch["document"][row, start : start + WINDOW] == batch["document"][row, start]
+    u = torch.zeros(WINDOW).index_copy(0, inside.nonzero().flatten(), batch["z"][row, number, : len(inside)][inside])
     context = batch["ids"][row : row + 1, begin:start]
     cache = DynamicCache(config=model.base_model.config)
     model.base_model(input_ids=context, past_key_values=cache)
-    inputs = model.auxiliary(batch["u"][row, number])
+    inputs = model.auxiliary(u)
     anchor = model.token_embedding(context[0, -1])
     if model.ptp_config.anchor == "all":
         inputs = inputs + anchor
@@ -93,8 +132,7 @@ def test_every_embedding_reaches_the_logits_of_its_place_and_later_ones_only(
 ) -> None:
     model, batch = make_model(auxiliary=auxiliary), packed()
     before = window_logits(model, batch)
-    batch["u"] = batch["u"].clone()
-    batch["u"][0, 1, 2] = (batch["u"][0, 1, 2] + 0.5) % 1
+    batch["z"][0, 1, 2] = (batch["z"][0, 1, 2] + 0.5) % 1
     changed = (window_logits(model, batch) != before).any(-1)
     expected = torch.zeros_like(changed)
     expected[0, 1, 2:] = auxiliary != "none"
@@ -176,27 +214,152 @@ def test_a_window_may_run_past_the_end_of_a_document_as_long_as_the_model_s_cont
     tiny_gpt2: Callable, variant: str
 ) -> None:
     model = PTPModel(tiny_gpt2(context=16), PTPConfig(variant=variant, window=6))
-    batch = {
-        "ids": torch.arange(16).unsqueeze(0),
-        "document": torch.zeros(1, 16, dtype=torch.int64),
-        "positions": torch.arange(16).unsqueeze(0),
-        "starts": torch.tensor([[14]]),
-        "u": torch.rand(1, 1, 6),
-    }
-    assert model(**batch).windows.isfinite().all()
+    assert model(**one_document(16, start=14, window=6)).windows.isfinite().all()
 
 
 @torch.no_grad()
 def test_a_base_model_with_sliding_attention_is_served_right_or_refused(tiny_mistral: Callable) -> None:
-    ids = torch.arange(12).unsqueeze(0)
-    expected = tiny_mistral(sliding_window=4)(input_ids=ids).logits
-    batch = {
-        "ids": ids,
-        "document": torch.zeros_like(ids),
-        "positions": ids.clone(),
-        "starts": torch.tensor([[8]]),
-        "u": torch.rand(1, 1, WINDOW),
-    }
+    batch = one_document(12, start=8, window=WINDOW)
+    expected = tiny_mistral(sliding_window=4)(input_ids=batch["ids"]).logits
     with suppress(PTPError):
         model = PTPModel(tiny_mistral(sliding_window=4), PTPConfig(window=WINDOW))
         torch.testing.assert_close(model(**batch, context_logits=True).context, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- Intervals and u --------------------------------------------------------------------------------------------------
+
+RULE = SamplingRule(temperature=0.7, top_k=12)
+CHATS = [
+    (30, ((3, 12), (15, 16), (19, 30))),
+    # Spans that touch, and one whose first token has none before it.
+    (11, ((0, 4), (4, 9))),
+    (6, ((2, 6),)),
+]
+"""Lengths and spans of documents that make one packed sequence together."""
+
+
+def chats(ids: list[Tensor], edges: list[tuple[np.ndarray, np.ndarray]] | None = None) -> Documents:
+    """`CHATS` with these tokens, and with intervals if given."""
+    known = edges or [(None, None)] * len(CHATS)
+    return Documents.of(
+        [
+            Document(tokens.numpy().astype(np.int32), spans, lower, upper, number=number)
+            for number, (tokens, (_, spans), (lower, upper)) in enumerate(zip(ids, CHATS, known, strict=True))
+        ]
+    )
+
+
+def random_ids(seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(40, (length,), generator=generator) for length, _ in CHATS]
+
+
+def items_of(documents: Documents, num_items: int = 4) -> dict[str, Tensor]:
+    stream = WindowStream(
+        documents, sequence_length=48, num_windows=40, window=WINDOW + 1, beta=0.3, seed=0, length=num_items
+    )
+    return collate([stream[i] for i in range(num_items)])
+
+
+@torch.no_grad()
+def alone(base: PreTrainedModel, ids: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
+    """Intervals of every token but the first of a document, from a call with nothing else in it."""
+    return interval(warp(base(input_ids=ids[None]).logits[0, :-1], rule), ids[1:])
+
+
+def places(batch: dict[str, Tensor]) -> list[tuple[int, int, int, int]]:
+    """Row, window, index in the window and packed index of every u a batch asks for."""
+    rows, windows, width = batch["z"].shape
+    return [
+        (row, window, k, int(batch["starts"][row, window]) + k)
+        for row in range(rows)
+        for window in range(windows)
+        for k in range(width)
+    ]
+
+
+@torch.no_grad()
+def test_u_lies_in_the_interval_of_its_own_token_and_is_zero_past_the_span(make_model: Callable) -> None:
+    rng = np.random.default_rng(0)
+    edges = []
+    for _, spans in CHATS:
+        lower, upper = np.sort(rng.random((2, sum(last - first for first, last in spans)), np.float32), axis=0)
+        # Every fifth token has no mass.
+        upper[::5] = lower[::5]
+        edges.append((lower, upper))
+    batch = items_of(chats(random_ids(), edges))
+    output = make_model()(**batch)
+    assert output.u.dtype == torch.float32
+    assert torch.equal(output.mass, batch["upper"] > batch["lower"])
+    num_inside = 0
+    for row, window, k, place in places(batch):
+        u, start = float(output.u[row, window, k]), int(batch["starts"][row, window])
+        if place >= 48 or batch["span"][row, place] != batch["span"][row, start]:
+            assert u == 0
+            continue
+        lower, upper = float(batch["lower"][row, place]), float(batch["upper"][row, place])
+        assert lower <= u < upper or u == lower == upper
+        num_inside += 1
+    assert 0 < num_inside < output.u.numel()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", [RULE, SamplingRule(), SamplingRule(top_p=0.8, order="probability")], ids=str)
+def test_intervals_that_are_not_stored_are_those_of_each_document_alone(
+    make_model: Callable, tiny_llama: Callable, rule: SamplingRule
+) -> None:
+    ids, base, model = random_ids(), tiny_llama(), make_model()
+    model.rule = rule
+    edges = []
+    for tokens, (_, spans) in zip(ids, CHATS, strict=True):
+        # The first token of a text has no distribution.
+        lower, upper = (torch.cat([edge.new_zeros(1), edge]) for edge in alone(base, tokens, rule))
+        trained = [place for first, last in spans for place in range(first, last)]
+        edges.append((lower[trained].numpy(), upper[trained].numpy()))
+    known, bare = items_of(chats(ids, edges)), items_of(chats(ids))
+    stored, computed = model(**known), model(**bare)
+    torch.testing.assert_close(computed.u, stored.u, rtol=1e-4, atol=1e-4)
+    assert torch.equal(computed.mass, stored.mass)
+    assert torch.equal(computed.mass, known["upper"] > known["lower"])
+    # Text that is not the model's own has tokens that the rule would not give it.
+    trained = (bare["span"] >= 0) & (bare["positions"] > 0)
+    assert computed.mass[trained].any()
+    assert computed.mass[trained].all() == (rule == SamplingRule())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("base", ["llama", "gpt2"])
+def test_completions_have_the_same_u_whether_their_intervals_are_stored_or_computed(
+    make_model: Callable, base: str
+) -> None:
+    model = make_model(base)
+    model.rule = RULE
+    prompts = [Prompt(np.arange(3, 4 + number, dtype=np.int32), [number]) for number in range(12)]
+    documents = sample_completions(
+        model.base_model, prompts, RULE, seed=0, max_length=40, max_new_tokens=24, end_token_ids=[1], batch_size=5
+    )
+    batch = items_of(Documents.of(documents))
+    stored, computed = model(**batch), model(**unknown(batch))
+    torch.testing.assert_close(computed.u, stored.u, rtol=1e-4, atol=1e-4)
+    assert torch.equal(computed.mass, stored.mass)
+    # What the teacher wrote, its rule can give.
+    assert torch.equal(stored.mass, batch["span"] >= 0)
+    # A binary embedding shows the last bit of u; with the same bits everything is the same.
+    bare = unknown(batch)
+    context = model(**bare, context_logits=True).context
+    lower, upper = token_intervals(context, batch["ids"], batch["span"] >= 0, RULE)
+    given = model(**bare, lower=lower, upper=upper)
+    assert torch.equal(given.u, computed.u)
+    assert torch.equal(given.windows, computed.windows)
+
+
+def test_intervals_are_those_of_the_base_model_while_the_adapter_learns(make_model: Callable) -> None:
+    model, batch = make_model(), items_of(chats(random_ids()))
+    model.rule = RULE
+    before = model(**batch)
+    before.windows.square().mean().backward()
+    assert not before.u.requires_grad
+    torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1).step()
+    after = model(**batch)
+    assert not torch.equal(after.windows, before.windows)
+    assert torch.equal(after.u, before.u)

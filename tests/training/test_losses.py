@@ -9,12 +9,12 @@ from ptp.training.losses import Targets, cross_entropy, divergence, window_targe
 
 # Two documents and one padding position. The first ended by itself, 13 being its end token; the second was cut off.
 IDS = torch.tensor([[10, 11, 12, 13, 20, 21, 22, 0]])
-DOCUMENT = torch.tensor([[0, 0, 0, 0, 1, 1, 1, -1]])
 # 10 and 20 are prompts; the rule gave 22 no mass.
+SPAN = torch.tensor([[-1, 0, 0, 0, -1, 1, 1, -1]])
 MASS = torch.tensor([[False, True, True, True, False, True, False, False]])
 STARTS = torch.tensor([[1, 2, 5]])
 
-# By variant: for each window its targets, "." outside the document, brackets around tokens without mass.
+# By variant: for each window its targets, "." outside the span, brackets around tokens without mass.
 EXPECTED = {
     "one_hot": ["11 12 13", "12 13 .", "21 [22] ."],
     "categorical": ["12 13 .", "13 . .", "[22] . ."],
@@ -28,24 +28,39 @@ def written(targets: Targets) -> list[str]:
     for window in range(targets.valid.shape[1]):
         names = []
         for k, token in enumerate(targets.token_ids[0, window].tolist()):
-            valid, in_document = bool(targets.valid[0, window, k]), bool(targets.in_document[0, window, k])
-            names.append(str(token) if valid else f"[{token}]" if in_document else ".")
+            valid, in_span = bool(targets.valid[0, window, k]), bool(targets.in_span[0, window, k])
+            names.append(str(token) if valid else f"[{token}]" if in_span else ".")
         rows.append(" ".join(names))
     return rows
 
 
 @pytest.mark.parametrize("variant", EXPECTED)
-def test_windows_are_trained_up_to_the_end_of_their_own_document(variant: str) -> None:
-    targets = window_targets(IDS, DOCUMENT, STARTS, MASS, window=3, shift=SHIFT[variant])
+def test_windows_are_trained_up_to_the_end_of_their_own_span(variant: str) -> None:
+    targets = window_targets(IDS, SPAN, STARTS, MASS, window=3, shift=SHIFT[variant])
     assert written(targets) == EXPECTED[variant]
     assert torch.equal(IDS[0, targets.index], targets.token_ids)
 
 
 @pytest.mark.parametrize("variant", EXPECTED)
 def test_nothing_is_trained_past_the_end_of_the_pack(variant: str) -> None:
-    targets = window_targets(IDS[:, :7], DOCUMENT[:, :7], STARTS, MASS[:, :7], window=3, shift=SHIFT[variant])
+    targets = window_targets(IDS[:, :7], SPAN[:, :7], STARTS, MASS[:, :7], window=3, shift=SHIFT[variant])
     assert written(targets) == EXPECTED[variant]
     assert targets.index.max() < 7
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        ("one_hot", ["11 12 . .", "21 22 23 .", "22 23 . .", "30 31 . ."]),
+        ("categorical", ["12 . . .", "22 23 . .", "23 . . .", "31 . . ."]),
+    ],
+)
+def test_of_a_chat_only_what_the_assistant_says_is_trained(variant: str, expected: list[str]) -> None:
+    # One document; 10 and 20 are the user's, and the turns 11 12, 21 22 23 and 30 31 the assistant's.
+    ids = torch.tensor([[10, 11, 12, 20, 21, 22, 23, 30, 31]])
+    span = torch.tensor([[-1, 0, 0, -1, 1, 1, 1, 2, 2]])
+    targets = window_targets(ids, span, torch.tensor([[1, 4, 5, 7]]), span >= 0, window=4, shift=SHIFT[variant])
+    assert written(targets) == expected
 
 
 def random_targets(generator: torch.Generator, vocab_size: int, valid_share: float = 0.6) -> Targets:
@@ -56,7 +71,7 @@ def random_targets(generator: torch.Generator, vocab_size: int, valid_share: flo
         token_ids=torch.randint(vocab_size, shape, generator=generator),
         index=torch.randint(1, 9, shape, generator=generator),
         valid=valid,
-        in_document=valid,
+        in_span=valid,
     )
 
 

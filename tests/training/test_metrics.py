@@ -15,8 +15,8 @@ def batch(windows: list[str]) -> tuple[torch.Tensor, Targets]:
     letters = [[list(window)] for window in windows]
     predicted = torch.tensor([[[8 if x == "w" else 5 for x in row] for row in rows] for rows in letters])
     valid = torch.tensor([[[x in "rw" for x in row] for row in rows] for rows in letters])
-    in_document = torch.tensor([[[x != "." for x in row] for row in rows] for rows in letters])
-    return predicted, Targets(torch.full_like(predicted, 5), torch.ones_like(predicted), valid, in_document)
+    in_span = torch.tensor([[[x != "." for x in row] for row in rows] for rows in letters])
+    return predicted, Targets(torch.full_like(predicted, 5), torch.ones_like(predicted), valid, in_span)
 
 
 def measured(config: PTPConfig, *batches: list[str], losses: tuple[float, ...] = (2.0,)) -> WindowMetrics:

@@ -1,21 +1,27 @@
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK
 
 from ptp.config import PTPConfig, TrainConfig
-from ptp.data.packing import Completion
-from ptp.data.teacher import sample_completions
+from ptp.data.documents import Document, Documents
+from ptp.data.packing import collate
+from ptp.data.teacher import Prompt, sample_completions
+from ptp.errors import ConfigError
 from ptp.model.loading import load_base_model
 from ptp.model.ptp_model import PTPModel
-from ptp.sampling import SamplingRule
-from ptp.stages import last_complete_checkpoint
-from ptp.training.trainer import PTPTrainer, evaluate_windows
+from ptp.sampling import SamplingRule, probability, token_intervals, warp
+from ptp.stages.train import last_complete_checkpoint
+from ptp.training import trainer as module
+from ptp.training.trainer import PTPTrainer, check_trackers, evaluate_windows, make_stream, training_loss
 
 RULE = SamplingRule(temperature=0.7, top_k=20)
 CONFIG = TrainConfig(
@@ -25,7 +31,7 @@ CONFIG = TrainConfig(
     windows_per_sequence=16,
     learning_rate=1e-2,
     warmup_steps=2,
-    bf16=False,
+    dtype="float32",
     save_every=2,
 )
 
@@ -39,23 +45,25 @@ def directory(tiny_llama: Callable, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def completions(directory: Path) -> list[Completion]:
-    prompts = [[0, 3 + number % 9, 3 + number // 9] for number in range(40)]
-    return sample_completions(
-        load_base_model(str(directory)).eval(),
-        prompts,
-        RULE,
-        seed=0,
-        sequences=range(len(prompts)),
-        max_new_tokens=24,
-        end_token_ids=[1],
+def completions(directory: Path) -> Documents:
+    prompts = [Prompt(np.asarray([0, 3 + number % 9, 3 + number // 9], np.int32), [number]) for number in range(40)]
+    base = load_base_model(str(directory)).eval()
+    documents = sample_completions(
+        base, prompts, RULE, seed=0, max_length=64, max_new_tokens=24, end_token_ids=[1], batch_size=8
     )
+    return Documents.of(documents)
+
+
+def without_intervals(documents: Documents) -> Documents:
+    return Documents.of([replace(document, lower=None, upper=None) for document in documents])
 
 
 def new_model(directory: Path, variant: str = "categorical", seed: int = 0) -> PTPModel:
     base = load_base_model(str(directory))
     torch.manual_seed(seed)
-    return PTPModel(base, PTPConfig(variant=variant, window=4, lora_rank=4))
+    model = PTPModel(base, PTPConfig(variant=variant, window=4, lora_rank=4))
+    model.rule = RULE
+    return model
 
 
 def trained(model: PTPModel) -> dict[str, Tensor]:
@@ -79,7 +87,7 @@ class Kill(TrainerCallback):
 
 def trainer_of(
     model: PTPModel,
-    completions: list[Completion],
+    completions: Documents,
     output: Path,
     callbacks: Sequence[TrainerCallback] = (),
     **changes: object,
@@ -87,11 +95,16 @@ def trainer_of(
     return PTPTrainer(model, CONFIG.model_copy(update=changes), RULE, completions, output, callbacks)
 
 
-@pytest.mark.parametrize(("variant", "distillation"), [("categorical", 0.0), ("categorical", 1.0), ("one_hot", 0.0)])
-def test_a_short_training_lowers_the_loss(
-    directory: Path, completions: list[Completion], tmp_path: Path, variant: str, distillation: float
+@pytest.mark.parametrize(
+    ("variant", "distillation", "stored"),
+    [("categorical", 0.0, True), ("categorical", 1.0, True), ("categorical", 1.0, False), ("one_hot", 0.0, False)],
+)
+def test_a_short_training_lowers_the_loss_whether_intervals_are_stored_or_not(
+    directory: Path, completions: Documents, tmp_path: Path, variant: str, distillation: float, stored: bool
 ) -> None:
     model = new_model(directory, variant)
+    if not stored:
+        completions = without_intervals(completions)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     before = evaluate_windows(model, completions, CONFIG, RULE)
     trainer_of(model, completions, tmp_path, max_steps=40, save_every=40, distillation=distillation).train()
@@ -101,9 +114,143 @@ def test_a_short_training_lowers_the_loss(
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["categorical", "one_hot"])
+def test_the_loss_is_the_same_with_intervals_stored_or_computed(
+    directory: Path, completions: Documents, variant: str
+) -> None:
+    model, weights = new_model(directory, variant), torch.ones(4)
+    stream = make_stream(without_intervals(completions), CONFIG, 4)
+    batch = collate([stream[i] for i in range(4)])
+    context = model(**batch, context_logits=True).context
+    lower, upper = token_intervals(context, batch["ids"], batch["span"] >= 0, RULE)
+    stored = training_loss(model, {**batch, "lower": lower, "upper": upper}, RULE, weights, 0.0)
+    assert torch.equal(training_loss(model, batch, RULE, weights, 0.0), stored)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["categorical", "one_hot"])
+def test_tokens_that_the_rule_cannot_give_are_masked_and_counted_when_intervals_are_computed(
+    directory: Path, variant: str
+) -> None:
+    model, rule = new_model(directory, variant), SamplingRule(top_k=5)
+    model.rule = rule
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(2, 12, 30).astype(np.int32) for _ in range(6)]
+    documents = Documents.of([Document(text, ((1, 14), (17, 30)), number=n) for n, text in enumerate(texts)])
+    metrics = evaluate_windows(model, documents, CONFIG, rule)
+
+    masses = {}
+    for text in texts:
+        ids = torch.from_numpy(text).long()
+        mass = probability(warp(model.base_model(input_ids=ids[None]).logits[0, :-1], rule), ids[1:])
+        masses[tuple(text)] = [False, *(mass > 0).tolist()]
+    stream = make_stream(documents, CONFIG, 5)
+    stream.length *= -(-module.EVALUATION_WINDOWS // (len(stream) * CONFIG.windows_per_sequence))
+    num_targets = num_masked = 0
+    for item in (stream[i] for i in range(len(stream))):
+        for start in item.starts.tolist():
+            place = int(item.positions[start])
+            end = 14 if place < 14 else 30
+            text = item.ids[start - place : start - place + 30].tolist()
+            first = place + (variant == "categorical")
+            targets = masses[tuple(text)][first : min(first + 4, end)]
+            num_targets, num_masked = num_targets + sum(targets), num_masked + targets.count(False)
+    assert num_masked > 0.2 * num_targets > 0
+    assert (metrics.num_targets, metrics.num_masked) == (num_targets, num_masked)
+
+
+@pytest.mark.parametrize(("num_epochs", "accumulation"), [(2, 1), (2, 2), (0.5, 1), (0.01, 1)])
+def test_epochs_are_passes_over_the_packed_sequences(
+    directory: Path, completions: Documents, tmp_path: Path, num_epochs: float, accumulation: int
+) -> None:
+    trainer = trainer_of(
+        new_model(directory),
+        completions,
+        tmp_path,
+        max_steps=None,
+        num_epochs=num_epochs,
+        batch_size=2,
+        gradient_accumulation_steps=accumulation,
+        sequence_length=32,
+        save_every=100,
+    )
+    num_sequences = len(make_stream(completions, trainer.config, 4))
+    expected = max(1, round(num_epochs * num_sequences / (2 * accumulation)))
+    assert num_sequences > 4
+    trainer.train()
+    assert trainer.state.global_step == expected
+    assert len(trainer.train_dataset) == expected * 2 * accumulation
+
+
+def test_processes_share_an_epoch_and_none_sees_what_another_saw(
+    directory: Path, completions: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"max_steps": None, "num_epochs": 4, "batch_size": 2, "sequence_length": 32}
+    alone = trainer_of(new_model(directory), completions, tmp_path, **changes)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    together = trainer_of(new_model(directory), completions, tmp_path, **changes)
+    num_items = 4 * len(make_stream(completions, together.config, 4))
+    assert (alone.args.max_steps, together.args.max_steps) == (round(num_items / 2), round(num_items / 6))
+    # The Trainer gives each of them its part of the items, and begins anew when they are used up.
+    assert len(together.train_dataset) == together.args.max_steps * 2 * 3
+
+
+def test_gradients_can_be_accumulated_instead_of_taking_a_larger_batch(directory: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    # Sequences of as many targets each, as the mean of their means is the mean of them all.
+    documents = Documents.of([Document(rng.integers(2, 12, 64).astype(np.int32), ((1, 64),)) for _ in range(16)])
+    ends, losses = [], []
+    for batch_size, accumulation, seed in [(8, 1, 0), (4, 2, 0), (8, 1, 1)]:
+        model = new_model(directory)
+        changes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation, "seed": seed}
+        output = tmp_path / f"{batch_size} {seed}"
+        trainer = trainer_of(model, documents, output, max_steps=10, save_every=100, learning_rate=1e-3, **changes)
+        trainer.train()
+        ends.append(torch.cat([p.flatten() for p in trained(model).values()]))
+        losses.append(next(row["loss"] for row in trainer.state.log_history if "loss" in row))
+    whole, parts, other = ends
+    # Other data, for comparison, leads elsewhere.
+    assert 10 * (whole - parts).norm() < (whole - other).norm()
+    assert losses[1] == pytest.approx(losses[0], rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wandb", "train.report_to names the tracker 'wandb', which is not installed; install it (pip install wandb)"),
+        ("wandbb", "train.report_to names the unknown tracker 'wandbb'; known: "),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_one_clear_line(
+    name: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    check_trackers(["tensorboard"])
+    with pytest.raises(ConfigError) as caught:
+        check_trackers(["tensorboard", name])
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tracker_is_told_the_losses(
+    directory: Path, completions: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[dict[str, Any]] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+            told.append(logs)
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", Tracker)
+    for names in ((), ("wandb",)):
+        trainer_of(new_model(directory), completions, tmp_path, max_steps=10, save_every=100, report_to=names).train()
+        assert any("loss" in logs for logs in told) == bool(names)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_killed_and_resumed_training_ends_with_the_same_adapter_as_an_uninterrupted_one(
-    directory: Path, completions: list[Completion], tmp_path: Path, optimizer: str
+    directory: Path, completions: Documents, tmp_path: Path, optimizer: str
 ) -> None:
     whole = new_model(directory)
     trainer_of(whole, completions, tmp_path / "whole", optimizer=optimizer).train()
@@ -119,14 +266,14 @@ def test_a_killed_and_resumed_training_ends_with_the_same_adapter_as_an_uninterr
     assert not same(trained(resumed), trained(new_model(directory)))
 
 
-def test_the_first_step_can_be_saved_and_loaded(directory: Path, completions: list[Completion], tmp_path: Path) -> None:
+def test_the_first_step_can_be_saved_and_loaded(directory: Path, completions: Documents, tmp_path: Path) -> None:
     model = new_model(directory)
     trainer_of(model, completions, tmp_path, max_steps=1, save_every=1, warmup_steps=0).train()
     loaded = PTPModel.from_pretrained(tmp_path / "checkpoint-1")
     assert same(trained(loaded), trained(model))
 
 
-def test_measuring_leaves_the_model_and_its_mode_as_they_were(directory: Path, completions: list[Completion]) -> None:
+def test_measuring_leaves_the_model_and_its_mode_as_they_were(directory: Path, completions: Documents) -> None:
     model = new_model(directory).train()
     before = trained(model)
     first, second = (evaluate_windows(model, completions, CONFIG, RULE) for _ in range(2))

@@ -15,7 +15,7 @@ from ptp.decoding.layout import CallLayout, call_mask, window_rows
 from ptp.decoding.requests import Request, make_request
 from ptp.errors import ConfigError
 from ptp.model.gated_lora import lora_layers
-from ptp.model.ptp_model import PTPModel
+from ptp.model.ptp_model import PTPModel, check_decodable
 from ptp.sampling import SamplingRule, pick, probability, warp
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class Decoder:
     ) -> None:
         if budget < 0:
             raise ConfigError(f"budget must be 0 (plain decoding) or a positive number of positions; got {budget}")
+        check_decodable(model.ptp_config)
         self.model = model.eval()
         for layer in lora_layers(model.base_model).values():
             layer.merge() if merge else layer.unmerge()

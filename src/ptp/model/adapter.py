@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,43 +89,48 @@ def resolve_base_model(adapter: Path, base_model: str) -> str:
     return str(nearby.resolve()) if nearby.is_dir() else base_model
 
 
+def refer_to_base_model(adapter: Path, name: str) -> str:
+    """What to write down so that `resolve_base_model` finds a model again, also when both directories move together."""
+    return os.path.relpath(name, adapter) if name and Path(name).is_dir() else name
+
+
 def save_adapter(directory: Path, base_model: nn.Module, auxiliary: nn.Module, settings: AdapterSettings) -> None:
     """Write an adapter directory; each file appears whole or not at all, the settings last."""
     directory.mkdir(parents=True, exist_ok=True)
-    layers = lora_layers(base_model)
-    weights = {
-        f"base_model.model.{name}.{which}.weight": getattr(layer, which).detach().float().cpu().contiguous()
-        for name, layer in layers.items()
-        for which in ("lora_A", "lora_B")
-    }
-    _write(directory / LORA_WEIGHTS, lambda path: save_file(weights, path, metadata={"format": "pt"}))
-    extra = {name: tensor.detach().float().cpu().contiguous() for name, tensor in auxiliary.state_dict().items()}
-    _write(directory / AUXILIARY_WEIGHTS, lambda path: save_file(extra, path, metadata={"format": "pt"}))
+    write_weights(directory / LORA_WEIGHTS, _lora_weights(base_model))
+    write_weights(directory / AUXILIARY_WEIGHTS, auxiliary.state_dict())
     lora = LoraConfig(
         r=settings.config.lora_rank,
         lora_alpha=settings.config.lora_alpha,  # type: ignore[arg-type] # PEFT only divides it by r
-        target_modules=sorted(layers),
+        target_modules=sorted(lora_layers(base_model)),
         task_type="CAUSAL_LM",
         base_model_name_or_path=settings.base_model,
         inference_mode=True,
     )
     lora.save_pretrained(str(directory))
-    text = json.dumps(settings.model_dump(mode="json"), indent=2) + "\n"
-    _write(directory / SETTINGS, lambda path: Path(path).write_text(text))
+    write_settings(directory, settings)
 
 
 def load_weights(directory: Path, base_model: nn.Module, auxiliary: nn.Module) -> None:
     """Fill gated layers and embedding from an adapter directory; every key must match in name and shape."""
-    lora = {
-        f"base_model.model.{name}.{which}.weight": getattr(layer, which)
-        for name, layer in lora_layers(base_model).items()
-        for which in ("lora_A", "lora_B")
-    }
-    _fill(directory / LORA_WEIGHTS, lora)
-    _fill(directory / AUXILIARY_WEIGHTS, dict(auxiliary.named_parameters()))
+    fill(directory / LORA_WEIGHTS, _lora_weights(base_model))
+    fill(directory / AUXILIARY_WEIGHTS, dict(auxiliary.named_parameters()))
 
 
-def _fill(path: Path, parameters: dict[str, Tensor]) -> None:
+def write_settings(directory: Path, settings: AdapterSettings) -> None:
+    """ptp_config.json, whole or not at all."""
+    text = json.dumps(settings.model_dump(mode="json"), indent=2) + "\n"
+    _write(directory / SETTINGS, lambda path: Path(path).write_text(text))
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """A safetensors file of the weights in float32, whole or not at all."""
+    stored = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
+    _write(path, lambda temporary: save_file(stored, temporary, metadata={"format": "pt"}))
+
+
+def fill(path: Path, parameters: Mapping[str, Tensor]) -> None:
+    """Read weights from a file into parameters; every key must match in name and shape, else `AdapterError`."""
     try:
         stored = load_file(path)
     except FileNotFoundError:
@@ -144,6 +150,15 @@ def _fill(path: Path, parameters: dict[str, Tensor]) -> None:
                     f"{path}: {name} has shape {tuple(stored[name].shape)}, expected {tuple(parameter.shape)}"
                 )
             parameter.copy_(stored[name])
+
+
+def _lora_weights(base_model: nn.Module) -> dict[str, Tensor]:
+    """The LoRA's parameters under PEFT's names."""
+    return {
+        f"base_model.model.{name}.{which}.weight": getattr(layer, which)
+        for name, layer in lora_layers(base_model).items()
+        for which in ("lora_A", "lora_B")
+    }
 
 
 def _base_parameters(base_model: nn.Module) -> dict[str, Tensor]:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ptp.errors import ConfigError
 
@@ -20,7 +29,8 @@ def load_base_model(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedM
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"cannot load the base model '{name}': {_first_line(error)}") from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Of several processes on a machine, each has its own GPU.
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     return to_dtype(model, dtype).to(device)  # type: ignore[arg-type] # transformers' wrapped `to` loses its self
 
 
@@ -50,6 +60,30 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"cannot load the tokenizer of '{name}': {_first_line(error)}") from error
+
+
+def load_config(name: str) -> PreTrainedConfig:
+    """The configuration of a base model, without its weights."""
+    _check_path(name, "base model")
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"cannot load the base model '{name}': {_first_line(error)}") from error
+
+
+def load_end_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The end tokens of a base model, without loading it; many chat models have several."""
+    try:
+        eos = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:
+        eos = load_config(name).get_text_config().eos_token_id
+    eos = tokenizer.eos_token_id if eos is None else eos
+    return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+
+def load_context_length(name: str) -> int | None:
+    """Positions a base model was made for, without loading it; None if its config does not say."""
+    return getattr(load_config(name).get_text_config(), "max_position_embeddings", None)
 
 
 def _check_path(name: str, what: str) -> None:

@@ -5,7 +5,6 @@ Shapes: B rows, S context tokens, N windows of L positions, H hidden size, V voc
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from ptp.attention import native_mask
 from ptp.config import PTPConfig
@@ -24,21 +23,28 @@ from ptp.model.adapter import (
     fingerprint,
     load_weights,
     read_settings,
+    refer_to_base_model,
     resolve_base_model,
     save_adapter,
 )
 from ptp.model.auxiliary import make_auxiliary_embedding
 from ptp.model.gated_lora import Gate, add_gated_lora
-from ptp.model.loading import cast_parameters, load_base_model, to_dtype
+from ptp.model.loading import cast_parameters, load_base_model, load_config, to_dtype
 from ptp.model.masks import context_mask, window_mask
-from ptp.sampling import SamplingRule
+from ptp.sampling import SamplingRule, inside, token_intervals
 
 
 @dataclass(frozen=True)
 class WindowLogits:
-    """Result of a training pass. windows: (B, N·L, V); context: (B, S, V) of the base model, None if not asked for."""
+    """Result of a training pass.
+
+    windows: (B, N·L, V). u: (B, N, ≥ L), drawn in the intervals. mass: (B, S) bool, whether the rule gives a token any
+    probability. context: (B, S, V) of the base model, None if not asked for.
+    """
 
     windows: Tensor
+    u: Tensor
+    mass: Tensor
     context: Tensor | None
 
 
@@ -48,22 +54,24 @@ class PTPModel(nn.Module):
     With the gate shut the model is the base model, bit for bit. Only the LoRA and the auxiliary embedding train.
     """
 
+    learns_to_read = False
+    """Whether the context pass of training has gradient; that of a frozen base model has none."""
+
     def __init__(self, base_model: PreTrainedModel, config: PTPConfig | None = None) -> None:
         super().__init__()
         self.ptp_config = config or PTPConfig()
-        _check_attention(base_model)
-        self.base_model = base_model.requires_grad_(False)
+        check_attention(base_model.config)
+        self.base_model = base_model
         self.gate = Gate()
-        add_gated_lora(
-            base_model, self.ptp_config.lora_targets, self.ptp_config.lora_rank, self.ptp_config.lora_alpha, self.gate
-        )
-        tokens = self.token_embedding.weight
+        self.prepare_weights()
+        tokens = self.token_embedding.weight.detach()
         self.auxiliary = make_auxiliary_embedding(
             self.ptp_config.auxiliary,
             self.ptp_config.auxiliary_size,
             tokens.shape[1],
             float(tokens.float().square().mean().sqrt()),
         ).to(tokens.device)
+        self.base_fingerprint = fingerprint(base_model)
         self.rule: SamplingRule | None = None
         self.survival: tuple[float, ...] = tuple(0.5**k for k in range(1, self.ptp_config.num_drafts + 1))
 
@@ -78,6 +86,7 @@ class PTPModel(nn.Module):
         """
         adapter = find_adapter(directory)
         settings = read_settings(adapter)
+        check_decodable(settings.config)
         given = base_model is not None
         if base_model is None:
             # The fingerprint is that of the checkpoint's own dtype; float16 would round some values otherwise.
@@ -91,8 +100,15 @@ class PTPModel(nn.Module):
         model = cls(base_model if given else to_dtype(base_model, dtype), settings.config)
         model.load_adapter(adapter)
         model.rule, model.survival = settings.rule, settings.survival
+        model.base_fingerprint = found
         cast_parameters(model, model.dtype)
         return model.eval()
+
+    def prepare_weights(self) -> None:
+        """Freeze the base model and give it a gated LoRA, which is to train."""
+        config = self.ptp_config
+        self.base_model.requires_grad_(False)
+        add_gated_lora(self.base_model, config.lora_targets, config.lora_rank, config.lora_alpha, self.gate)
 
     def load_adapter(self, adapter: Path) -> None:
         """Fill LoRA and auxiliary embedding from an adapter directory; every key and shape must match."""
@@ -101,16 +117,22 @@ class PTPModel(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write an adapter directory (see `ptp.model.adapter`)."""
         directory = Path(directory)
-        name = self.base_model.config.name_or_path or ""
-        settings = AdapterSettings(
-            # A local base model is found again when both directories move together.
-            base_model=os.path.relpath(name, directory) if name and Path(name).is_dir() else name,
-            base_fingerprint=fingerprint(self.base_model),
+        save_adapter(directory, self.base_model, self.auxiliary, self.settings(directory))
+
+    def settings(self, directory: Path) -> AdapterSettings:
+        """What ptp_config.json says of this model in an adapter directory."""
+        return AdapterSettings(
+            base_model=refer_to_base_model(directory, self.base_name),
+            base_fingerprint=self.base_fingerprint,
             config=self.ptp_config,
             rule=self.rule,
             survival=self.survival,
         )
-        save_adapter(directory, self.base_model, self.auxiliary, settings)
+
+    @property
+    def base_name(self) -> str:
+        """Hub id or path of the base model; empty for one made in memory."""
+        return self.base_model.config.name_or_path or ""
 
     @property
     def num_layers(self) -> int:
@@ -173,31 +195,44 @@ class PTPModel(nn.Module):
         ids: Tensor,
         document: Tensor,
         positions: Tensor,
+        span: Tensor,
         starts: Tensor,
-        u: Tensor,
+        z: Tensor,
+        lower: Tensor | None = None,
+        upper: Tensor | None = None,
         context_logits: bool = False,
     ) -> WindowLogits:
         """Context pass without gradient, then one gated pass over all windows (METHOD §3).
 
-        ids, document, positions: (B, S), packed tokens, their document (−1 padding) and position in it.
-        starts: (B, N), packed index of the first position each window replaces (its anchor stands before it).
-        u: (B, N, L), the auxiliaries of positions start … start + L − 1.
+        The fields of a `ptp.data.packing.PackedBatch`: ids, document, positions, span, lower, upper (B, S); starts
+        (B, N); z (B, N, ≥ L), of which the first L are inputs. Where intervals are not given, they are those of the
+        base model's own distributions under `self.rule`.
         """
+        window, shape = self.ptp_config.window, z.shape
+        known = lower is not None and upper is not None
         cache = DynamicCache(config=self.base_model.config)
-        with torch.no_grad():
-            context = self.call(
-                ids, positions, context_mask(document), cache, logits_to_keep=0 if context_logits else 1
-            )
-        window = u.shape[-1]
+        with nullcontext() if self.learns_to_read else torch.no_grad():
+            keep = 0 if context_logits or not known else 1
+            context = self.call(ids, positions, context_mask(document), cache, logits_to_keep=keep)
+        if lower is None or upper is None:
+            assert self.rule is not None, "intervals cannot be computed without a sampling rule"
+            assert not self.learns_to_read, "a student's own distributions are not its teacher's"
+            lower, upper = token_intervals(context, ids, (span >= 0) & (positions > 0), self.rule)
+        targets = starts.unsqueeze(-1) + torch.arange(shape[-1], device=starts.device)
+        place = targets.clamp(max=ids.shape[1] - 1).flatten(1)
+        own = (targets < ids.shape[1]) & (span.gather(1, place).view(shape) == span.gather(1, starts).unsqueeze(-1))
+        low, high = (edge.gather(1, place).view(shape) * own for edge in (lower, upper))
+        u = inside(low, high, z)
+
         offsets = torch.arange(window, device=starts.device)
-        anchor = ids.gather(1, starts - 1).unsqueeze(-1).expand_as(u)
-        inputs = self.add_anchor(self.embed_u(u), anchor, (offsets == 0).expand_as(u)).flatten(1, 2)
+        anchor = ids.gather(1, starts - 1).unsqueeze(-1).expand(-1, -1, window)
+        inputs = self.add_anchor(self.embed_u(u[..., :window]), anchor, (offsets == 0).expand_as(anchor)).flatten(1, 2)
         window_positions = (positions.gather(1, starts).unsqueeze(-1) + offsets + self.ptp_config.shift).flatten(1)
         if (longest := context_length(self.base_model)) is not None:
             # A window may run past the end of a document as long as the context; nothing there is trained.
             window_positions = window_positions.clamp(max=longest - 1)
         windows = self.call(inputs, window_positions, window_mask(document, starts, window), cache, gate_start=0)
-        return WindowLogits(windows, context if context_logits else None)
+        return WindowLogits(windows, u, upper > lower, context if context_logits else None)
 
 
 def end_token_ids(base_model: PreTrainedModel) -> list[int]:
@@ -211,15 +246,25 @@ def context_length(base_model: PreTrainedModel) -> int | None:
     return getattr(base_model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def _check_attention(base_model: PreTrainedModel) -> None:
+def check_decodable(config: PTPConfig) -> None:
+    """Raises `AdapterError` for a student, which has no base model in it to verify what it drafts."""
+    if config.student is not None:
+        raise AdapterError(
+            "a student trained from scratch is a separate drafter, which the decoder does not run yet; to decode, "
+            "train an adapter with model.student=null"
+        )
+
+
+def check_attention(name_or_config: str | PreTrainedConfig) -> None:
     """Raises `ConfigError` for a model whose layers do not all attend to the whole context."""
-    config = base_model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    window, context = getattr(config, "sliding_window", None), context_length(base_model)
-    slides = window is not None and getattr(config, "use_sliding_window", True) and (context or window + 1) > window
-    if kinds or (slides and getattr(config, "layer_types", None) is None):
+    config = load_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"]) - {"full_attention"}
+    window, context = getattr(text, "sliding_window", None), getattr(text, "max_position_embeddings", None)
+    slides = window is not None and getattr(text, "use_sliding_window", True) and (context or window + 1) > window
+    if kinds or (slides and getattr(text, "layer_types", None) is None):
         kind = ", ".join(sorted(kinds)) or f"a sliding window of {window}"
         raise ConfigError(
-            f"{type(base_model).__name__} has layers with {kind}; only layers that attend to the whole context are "
-            "supported so far, because a decoding call sets its own attention mask"
+            f"{config.model_type} has layers with {kind}; only layers that attend to the whole context are supported "
+            "so far, because a decoding call sets its own attention mask"
         )

@@ -19,31 +19,31 @@ class Targets:
     """What each window position should predict.
 
     token_ids: (B, N, L) int64. index: (B, N, L) int64, packed index of the target. valid: (B, N, L) bool, inside the
-    window's own document and given mass by the rule. in_document: (B, N, L) bool, valid or without mass.
+    window's own span and given mass by the rule. in_span: (B, N, L) bool, valid or without mass.
     """
 
     token_ids: Tensor
     index: Tensor
     valid: Tensor
-    in_document: Tensor
+    in_span: Tensor
 
 
-def window_targets(ids: Tensor, document: Tensor, starts: Tensor, mass: Tensor, window: int, shift: int) -> Targets:
+def window_targets(ids: Tensor, span: Tensor, starts: Tensor, mass: Tensor, window: int, shift: int) -> Targets:
     """Targets of windows that start at `starts`: the position after each input's, start + shift + 1 + k.
 
-    A document that truly ended has its end token as its last id, so that token is trained; past it, and past the
-    end of a document that was cut off, nothing is.
+    A span that the model would end has its end token as its last id, so that token is trained; past it, and past the
+    end of a span that was cut off, nothing is.
     """
     index = starts.unsqueeze(-1) + torch.arange(window, device=starts.device) + shift + 1
     inside = index < ids.shape[1]
     flat = index.clamp(max=ids.shape[1] - 1).flatten(1)
-    owner = document.gather(1, starts).unsqueeze(-1)
-    in_document = inside & (document.gather(1, flat).view_as(index) == owner)
+    owner = span.gather(1, starts).unsqueeze(-1)
+    in_span = inside & (span.gather(1, flat).view_as(index) == owner)
     return Targets(
         token_ids=ids.gather(1, flat).view_as(index),
         index=flat.view_as(index),
-        valid=in_document & mass.gather(1, flat).view_as(index),
-        in_document=in_document,
+        valid=in_span & mass.gather(1, flat).view_as(index),
+        in_span=in_span,
     )
 
 

@@ -50,7 +50,7 @@ class WindowMetrics:
         num_targets = int(targets.valid.sum())
         self.loss += loss * num_targets
         self.num_targets += num_targets
-        self.num_masked += int((targets.in_document & ~targets.valid).sum())
+        self.num_masked += int((targets.in_span & ~targets.valid).sum())
         drafted, valid = right[..., self.lead :].long(), targets.valid[..., self.lead :]
         run = drafted.cumprod(-1)
         before = torch.cat([torch.ones_like(run[..., :1]), run[..., :-1]], dim=-1)

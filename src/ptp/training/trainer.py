@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -9,9 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from ptp.config import TrainConfig
-from ptp.data.packing import Completion, WindowStream, collate
+from ptp.data.documents import Documents
+from ptp.data.packing import WindowStream, collate
+from ptp.errors import ConfigError
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
 from ptp.training.losses import cross_entropy, divergence, window_targets
@@ -23,7 +27,7 @@ EVALUATION_WINDOWS = 2000
 
 
 class PTPTrainer(Trainer):
-    """Trains the LoRA and the auxiliary embedding of a `PTPModel`; a checkpoint's weights are an adapter directory."""
+    """Trains what of a `PTPModel` requires gradients; a checkpoint's weights are an adapter directory."""
 
     model: PTPModel
 
@@ -32,17 +36,23 @@ class PTPTrainer(Trainer):
         model: PTPModel,
         config: TrainConfig,
         rule: SamplingRule,
-        completions: Sequence[Completion],
+        documents: Documents,
         output_dir: Path,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self.config = config
         self.rule = rule
         window = model.ptp_config.window
+        stream = make_stream(documents, config, window)
+        num_processes = int(os.environ.get("WORLD_SIZE", 1))
+        num_steps = config.num_steps(len(stream.sequences), num_processes)
+        is_student = model.ptp_config.student is not None
+        stream.length = num_steps * config.batch_size * config.gradient_accumulation_steps * num_processes
         super().__init__(
             model=model,
-            args=_arguments(config, output_dir),
-            train_dataset=make_stream(completions, config, window, length=config.max_steps * config.batch_size),
+            # All of a student's weights learn: in bfloat16 alone, steps as small as theirs would be rounded away.
+            args=_arguments(config, num_steps, output_dir, bf16=is_student and config.dtype == "bfloat16"),
+            train_dataset=stream,
             data_collator=collate,
             optimizers=(make_optimizer(config.optimizer, model.named_parameters(), config.learning_rate), None),
             callbacks=list(callbacks),
@@ -61,6 +71,20 @@ class PTPTrainer(Trainer):
         cast(PTPModel, model or self.model).load_adapter(Path(resume_from_checkpoint))
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises `ConfigError` for a tracker that transformers does not know, or that is not installed."""
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ConfigError(
+                f"train.report_to names the unknown tracker '{name}'; known: {', '.join(INTEGRATION_TO_CALLBACK)}"
+            )
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(
+                f"train.report_to names the tracker '{name}', which is not installed; install it (pip install {name}) "
+                "or leave it out"
+            )
+
+
 def training_loss(
     model: nn.Module, batch: dict[str, Tensor], rule: SamplingRule, weights: Tensor, distillation: float
 ) -> Tensor:
@@ -68,13 +92,10 @@ def training_loss(
 
     batch: the fields of a `PackedBatch`; weights: (L,).
     """
-    inputs = {name: tensor for name, tensor in batch.items() if name != "mass"}
-    output = model(**inputs, context_logits=distillation > 0)
+    output = model(**batch, context_logits=distillation > 0)
     config = cast(PTPModel, getattr(model, "module", model)).ptp_config
-    targets = window_targets(
-        batch["ids"], batch["document"], batch["starts"], batch["mass"], config.window, config.shift
-    )
-    logits = scaled(output.windows.unflatten(1, batch["u"].shape[1:]), config.variant, rule)
+    targets = window_targets(batch["ids"], batch["span"], batch["starts"], output.mass, config.window, config.shift)
+    logits = scaled(output.windows.unflatten(1, (-1, config.window)), config.variant, rule)
     loss = cross_entropy(logits, targets, weights)
     if distillation > 0:
         loss = loss + distillation * divergence(logits, output.context, targets, rule, weights)
@@ -87,59 +108,53 @@ def scaled(logits: Tensor, variant: str, rule: SamplingRule) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate_windows(
-    model: PTPModel, completions: Sequence[Completion], config: TrainConfig, rule: SamplingRule
-) -> WindowMetrics:
-    """Measure predictions on held-out completions, u uniform in its interval, one pass or more over them."""
+def evaluate_windows(model: PTPModel, documents: Documents, config: TrainConfig, rule: SamplingRule) -> WindowMetrics:
+    """Measure predictions on held-out documents, u uniform in its interval, one pass or more over them."""
     was_training = model.training
     model.eval()
-    window = model.ptp_config.window
+    settings, window = model.ptp_config, model.ptp_config.window
     # One more number than the window has inputs: the u of the last target, which C-PTP picks with.
-    stream = make_stream(completions, config.model_copy(update={"beta": 1.0}), window + 1, length=None)
+    stream = make_stream(documents, config.model_copy(update={"beta": 1.0}), window + 1)
     passes = -(-EVALUATION_WINDOWS // (len(stream) * config.windows_per_sequence))
     stream.length *= passes
-    metrics = WindowMetrics.empty(model.ptp_config)
+    metrics = WindowMetrics.empty(settings)
     weights = torch.ones(window, device=model.device)
     for begin in range(0, len(stream), config.batch_size):
         items = [stream[i] for i in range(begin, min(begin + config.batch_size, len(stream)))]
         batch = {name: tensor.to(model.device) for name, tensor in collate(items).items()}
-        u = batch["u"]
-        logits = model(
-            batch["ids"], batch["document"], batch["positions"], batch["starts"], u[..., :window]
-        ).windows.unflatten(1, (u.shape[1], window))
-        targets = window_targets(
-            batch["ids"], batch["document"], batch["starts"], batch["mass"], window, model.ptp_config.shift
-        )
-        loss = cross_entropy(scaled(logits, model.ptp_config.variant, rule), targets, weights)
-        metrics.add(predictions(logits, u[..., 1:], model.ptp_config, rule), targets, float(loss))
+        output = model(**batch)
+        logits = output.windows.unflatten(1, (-1, window))
+        targets = window_targets(batch["ids"], batch["span"], batch["starts"], output.mass, window, settings.shift)
+        loss = cross_entropy(scaled(logits, settings.variant, rule), targets, weights)
+        metrics.add(predictions(logits, output.u[..., 1:], settings, rule), targets, float(loss))
     model.train(was_training)
     return metrics
 
 
-def make_stream(
-    completions: Sequence[Completion], config: TrainConfig, window: int, length: int | None
-) -> WindowStream:
-    """The window stream a training configuration describes."""
+def make_stream(documents: Documents, config: TrainConfig, window: int) -> WindowStream:
+    """The window stream a training configuration describes, one pass long."""
     return WindowStream(
-        completions,
+        documents,
         sequence_length=config.sequence_length,
         num_windows=config.windows_per_sequence,
         window=window,
         beta=config.beta,
         seed=config.seed,
-        length=length,
     )
 
 
-def _arguments(config: TrainConfig, output_dir: Path) -> TrainingArguments:
+def _arguments(config: TrainConfig, num_steps: int, output_dir: Path, bf16: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(output_dir),
-        max_steps=config.max_steps,
+        max_steps=num_steps,
         per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=config.warmup_steps,
         max_grad_norm=1.0,
+        bf16=bf16,
+        use_cpu=bf16 and not torch.cuda.is_available(),
         save_strategy="steps",
         save_steps=config.save_every,
         save_total_limit=2,
@@ -149,6 +164,6 @@ def _arguments(config: TrainConfig, output_dir: Path) -> TrainingArguments:
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
-        report_to=[],
+        report_to=list(config.report_to),
         disable_tqdm=True,
     )

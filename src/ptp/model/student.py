@@ -1,0 +1,58 @@
+"""Students: models trained from scratch on a teacher's completions (METHOD §6).
+
+A student's directory is an adapter directory with other weights:
+
+student/               the student itself, as `AutoModelForCausalLM.from_pretrained` takes it
+auxiliary.safetensors  the embedding of u
+ptp_config.json        our settings; the base model they name is the teacher
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ptp.config import PTPConfig
+from ptp.model.adapter import AUXILIARY_WEIGHTS, fill, write_settings, write_weights
+from ptp.model.ptp_model import PTPModel
+
+STUDENT = "student"
+STUDENT_WEIGHTS = "model.safetensors"
+
+
+class StudentModel(PTPModel):
+    """A `PTPModel` whose base model is a student: all its weights train, on windows and on the context they read.
+
+    There is no gate, so nothing of it is its teacher's: u must come from stored intervals, and it cannot verify.
+    teacher: hub id or path of the model that wrote the completions; teacher_fingerprint: its `fingerprint`.
+    """
+
+    learns_to_read = True
+
+    def __init__(self, student: PreTrainedModel, config: PTPConfig, teacher: str, teacher_fingerprint: str) -> None:
+        assert config.student is not None, "a student's config says its size"
+        super().__init__(student, config)
+        self.teacher, self.base_fingerprint = teacher, teacher_fingerprint
+
+    @property
+    def base_name(self) -> str:
+        """The teacher: what the student drafts for."""
+        return self.teacher
+
+    def prepare_weights(self) -> None:
+        """All weights train."""
+        self.base_model.requires_grad_(True)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write a student's directory; each file appears whole or not at all, the settings last."""
+        directory = Path(directory)
+        self.base_model.config.save_pretrained(directory / STUDENT)
+        write_weights(directory / STUDENT / STUDENT_WEIGHTS, dict(self.base_model.named_parameters()))
+        write_weights(directory / AUXILIARY_WEIGHTS, self.auxiliary.state_dict())
+        write_settings(directory, self.settings(directory))
+
+    def load_adapter(self, adapter: Path) -> None:
+        """Fill student and auxiliary embedding from a student's directory; every key and shape must match."""
+        fill(adapter / STUDENT / STUDENT_WEIGHTS, dict(self.base_model.named_parameters()))
+        fill(adapter / AUXILIARY_WEIGHTS, dict(self.auxiliary.named_parameters()))
