@@ -14,7 +14,7 @@ from ptp.decoding.requests import make_request
 from ptp.evaluation.report import Sample, coloured_svg, pieces
 from ptp.experiment import Experiment
 from ptp.model.loading import load_tokenizer
-from ptp.stages import validation_prompts
+from ptp.stages.train import validation_prompts
 
 
 def main() -> None:

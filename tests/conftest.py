@@ -1,9 +1,12 @@
 """Tiny random models and adapters: everything runs on the CPU, from configurations, without network or files."""
 
 import os
+import tempfile
 
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# What tests read must not lie in the caches of who runs them.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="ptp-datasets-")
 
 import json
 from collections.abc import Callable
@@ -21,7 +24,7 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from ptp.config import PregenerateConfig, PTPConfig, TrainConfig
+from ptp.config import DataConfig, Mode, PregenerateConfig, PTPConfig, TrainConfig
 from ptp.demo import make_tokenizer
 from ptp.experiment import ExperimentConfig
 from ptp.model.gated_lora import lora_layers
@@ -141,9 +144,11 @@ def tiny_experiment(tiny_llama: Callable[..., LlamaForCausalLM]) -> Callable[[Pa
         (directory / "prompts.jsonl").write_text("".join(json.dumps({"text": prompt}) + "\n" for prompt in prompts))
         return ExperimentConfig(
             base_model=str(directory / "model"),
-            dataset=str(directory / "prompts.jsonl"),
+            data=DataConfig(path=str(directory / "prompts.jsonl"), mode="prompt-scheme-distill"),
             sampling=SamplingRule(temperature=0.7, top_k=50, top_p=0.95),
-            pregenerate=PregenerateConfig(max_prompt_tokens=32, max_new_tokens=16, batch_size=5),
+            pregenerate=PregenerateConfig(
+                max_prompt_tokens=32, max_new_tokens=16, max_length=48, batch_size=3, shard_size=5
+            ),
             model=PTPConfig(window=4, lora_rank=2),
             train=TrainConfig(
                 max_steps=4,
@@ -151,8 +156,54 @@ def tiny_experiment(tiny_llama: Callable[..., LlamaForCausalLM]) -> Callable[[Pa
                 sequence_length=48,
                 windows_per_sequence=32,
                 warmup_steps=0,
-                bf16=False,
+                dtype="float32",
                 save_every=2,
+            ),
+        )
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def chat_experiment(tiny_llama: Callable[..., LlamaForCausalLM]) -> Callable[..., ExperimentConfig]:
+    """Writes a chat model (model/), chats.jsonl and texts.jsonl; returns an experiment of seconds in the mode.
+
+    The template is Zephyr's: a system message, and two answers in each chat, which end with the model's end token.
+    """
+    template = Path(__file__).with_name("fixtures") / "chat_templates" / "zephyr.jinja"
+
+    def chat(number: int) -> list[dict[str, str]]:
+        return [
+            {"role": "system", "content": "Add."},
+            {"role": "user", "content": f"{number}+1?"},
+            {"role": "assistant", "content": f"{number + 1}"},
+            {"role": "user", "content": "And 2 more?"},
+            {"role": "assistant", "content": f"{number + 3}, of course"},
+        ]
+
+    def write(directory: Path, mode: Mode = "prompt-distill", num_rows: int = 24) -> ExperimentConfig:
+        chats = [chat(number) for number in range(num_rows)]
+        texts = [f"{number} and {number + 1} are {2 * number + 1}" for number in range(num_rows)]
+        headers = ["<|system|>\n", "<|user|>\n", "<|assistant|>\n"]
+        tokenizer = make_tokenizer(headers + [message["content"] for chat in chats for message in chat] + texts, 300)
+        tokenizer.chat_template = template.read_text()
+        tokenizer.save_pretrained(directory / "model")
+        tiny_llama(vocab_size=len(tokenizer), context=96).save_pretrained(directory / "model")
+        (directory / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+        (directory / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        holds_chats = mode in ("prompt-distill", "full-chat")
+        return ExperimentConfig(
+            base_model=str(directory / "model"),
+            data=DataConfig(
+                path=str(directory / ("chats.jsonl" if holds_chats else "texts.jsonl")),
+                mode=mode,
+                column="messages" if holds_chats else "text",
+            ),
+            sampling=SamplingRule(temperature=0.7, top_k=50, top_p=0.95),
+            pregenerate=PregenerateConfig(max_prompt_tokens=64, max_length=80, batch_size=8, shard_size=20),
+            model=PTPConfig(window=4, lora_rank=2),
+            train=TrainConfig(
+                max_steps=2, sequence_length=80, windows_per_sequence=8, warmup_steps=0, dtype="float32", save_every=2
             ),
         )
 

@@ -19,17 +19,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from ptp import PTPConfig, PTPModel, SamplingRule
+from ptp import PTPConfig, PTPModel
 from ptp.cli.main import app
-from ptp.data.packing import Completion
-from ptp.data.store import CompletionStore, Provenance
+from ptp.data.documents import Document, save_shard
+from ptp.data.store import Provenance
 from ptp.experiment import apply_override
 from ptp.model.adapter import AdapterSettings
-from ptp.stages import TrainingResult
+from ptp.stages.train import TrainingResult
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "paper-checkpoints").glob("*.md")])
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def load_make_cli() -> Any:
@@ -282,11 +282,9 @@ def test_the_fields_of_generate_json_are_documented(adapter: Path) -> None:
 
 
 def test_the_fields_of_stores_and_adapters_are_documented(tmp_path: Path) -> None:
-    provenance = Provenance(base_fingerprint="", rule=SamplingRule(), seed=0, max_new_tokens=1, prompts_fingerprint="")
-    store = CompletionStore(tmp_path, provenance)
     edge = np.zeros(1, np.float32)
-    store.append([0], [Completion(np.zeros(2, np.int32), edge, edge, prompt_length=1, finished=False)])
-    arrays = list(load_file(store.shards[0]))
-    assert sorted(documented_fields("Completion store")) == sorted([*Provenance.model_fields, *arrays])
+    save_shard(tmp_path / "shard", [Document(np.zeros(2, np.int32), ((1, 2),), edge, edge)])
+    assert documented_fields("Completion store") == list(Provenance.model_fields)
+    assert sorted(documented_fields("Shards")) == sorted(load_file(tmp_path / "shard"))
     results = [field.name for field in dataclasses.fields(TrainingResult)]
     assert documented_fields("Adapter directory") == [*AdapterSettings.model_fields, *results]

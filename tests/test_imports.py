@@ -6,10 +6,14 @@ import pytest
 
 import ptp
 
+HEAVY = {"datasets", "openai", "questionary", "ptp.cli.questions"}
+"""Needed by few commands, and slow to import: they are imported where they are used."""
+
 SOURCE = Path(ptp.__file__).parent
-FOUNDATION = {"sampling", "config", "errors", "records", "cache", "attention"}
+FOUNDATION = {"sampling", "config", "errors", "records", "files", "cache", "attention"}
 ALLOWED = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
+    "scaling": FOUNDATION,
     "data": FOUNDATION | {"data"},
     "model": FOUNDATION | {"model"},
     "training": FOUNDATION | {"training", "data", "model"},
@@ -46,3 +50,27 @@ def test_every_part_of_the_package_is_known_here() -> None:
     free = {"__init__", "__main__", "__pycache__", "cli", "server", "evaluation", "experiment", "stages", "demo"}
     parts = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert parts - free <= set(ALLOWED)
+
+
+def imported_at_once(file: Path) -> set[str]:
+    """Modules, and the packages they are in, that a file imports as soon as it is imported itself."""
+    found: set[str] = set()
+    nodes: list[ast.AST] = [ast.parse(file.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            nodes += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            nodes += ast.iter_child_nodes(node)
+    return found | {name.split(".")[0] for name in found}
+
+
+def test_heavy_packages_are_imported_where_they_are_used() -> None:
+    files = {".".join(("ptp", *file.relative_to(SOURCE).with_suffix("").parts)): file for file in SOURCE.rglob("*.py")}
+    assert "numpy" in imported_at_once(files["ptp.data.documents"])
+    # Of these files the import is the use.
+    assert not {f"{name} → {heavy}" for name in files.keys() - HEAVY for heavy in imported_at_once(files[name]) & HEAVY}

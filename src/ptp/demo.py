@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
@@ -33,12 +34,14 @@ from transformers import (
     set_seed,
 )
 
-from ptp.config import PregenerateConfig, PTPConfig, TrainConfig
-from ptp.data.prompts import validation_places
-from ptp.data.store import write_atomically
+from ptp.config import DataConfig, PregenerateConfig, PTPConfig, TrainConfig
+from ptp.data.documents import content_group
+from ptp.data.split import held_out
 from ptp.experiment import Experiment, ExperimentConfig
+from ptp.files import write_atomically
 from ptp.sampling import SamplingRule
-from ptp.stages import distill, last_complete_checkpoint
+from ptp.stages.distill import distill
+from ptp.stages.train import last_complete_checkpoint
 from ptp.training.optimizers import make_optimizer
 
 FUNCTION_CHARACTERS = (40, 3000)
@@ -207,9 +210,10 @@ def make_teacher(directory: Path, size: DemoSize, callbacks: Sequence[TrainerCal
     headers = list(dict.fromkeys(function.header for function in functions))[: size.num_prompts]
     lines = "".join(json.dumps({"header": header}) + "\n" for header in headers)
     write_atomically(directory / "prompts.jsonl", lines.encode())
-    held_out = {headers[place] for place in validation_places(headers)}
+    out = held_out(np.array([content_group(header) for header in headers]))
+    unseen = {header for header, is_out in zip(headers, out, strict=True) if is_out}
     # Neither the teacher nor the adapter sees a function whose header is held out.
-    train_teacher(directory / "teacher", [f for f in functions if f.header not in held_out], size, callbacks)
+    train_teacher(directory / "teacher", [f for f in functions if f.header not in unseen], size, callbacks)
 
 
 def make_experiment(directory: Path, size: DemoSize) -> Experiment:
@@ -223,11 +227,12 @@ def demo_config(size: DemoSize) -> ExperimentConfig:
     """The demo's experiment."""
     return ExperimentConfig(
         base_model="teacher",
-        dataset="prompts.jsonl",
-        prompt_scheme="{header}",
+        data=DataConfig(path="prompts.jsonl", mode="prompt-scheme-distill", prompt_scheme="{header}"),
         # The usual setting for code (Chen et al. 2021, HumanEval's pass@1).
         sampling=SamplingRule(temperature=0.2, top_p=0.95),
-        pregenerate=PregenerateConfig(max_prompt_tokens=96, max_new_tokens=size.max_new_tokens, batch_size=128),
+        pregenerate=PregenerateConfig(
+            max_prompt_tokens=96, max_new_tokens=size.max_new_tokens, max_length=size.sequence_length
+        ),
         # On a model this small a call's time goes into single operations: fewer gated layers, of higher rank, pay.
         model=PTPConfig(
             variant="one_hot",

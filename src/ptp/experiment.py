@@ -1,27 +1,32 @@
 """An experiment directory: its files and their settings (docs/formats.md).
 
-experiment.yaml    base model, dataset, prompt scheme, and the sampling rule that every stage uses
+experiment.yaml    base model, dataset, and the sampling rule that every stage uses
 pregenerate.yaml   how completions are sampled          completions/  their store
 train.yaml         PTP model and training               checkpoints/, adapter/
-README.md          the next commands                    report.html
+README.md          the next commands                    cache/        tokenised data
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, model_validator
 
-from ptp.config import PregenerateConfig, PTPConfig, TrainConfig
-from ptp.data.store import write_atomically
+from ptp.config import DataConfig, PregenerateConfig, PTPConfig, TrainConfig
 from ptp.errors import ConfigError, DataError
+from ptp.files import write_atomically
 from ptp.records import Record, unknown_key
 from ptp.sampling import SamplingRule
 
@@ -30,12 +35,20 @@ class ExperimentConfig(Record):
     """All settings of an experiment, as its three files hold them together."""
 
     base_model: str
-    dataset: str
-    prompt_scheme: str = "{text}"
+    data: DataConfig
     sampling: SamplingRule
     pregenerate: PregenerateConfig = PregenerateConfig()
     model: PTPConfig = PTPConfig()
     train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _lengths(self) -> ExperimentConfig:
+        if self.data.distils and self.pregenerate.max_length > self.train.sequence_length:
+            raise ValueError(
+                f"train.sequence_length is {self.train.sequence_length} and cannot hold completions of "
+                f"pregenerate.max_length {self.pregenerate.max_length}; raise the one or lower the other"
+            )
+        return self
 
     @model_validator(mode="after")
     def _distillation(self) -> ExperimentConfig:
@@ -43,9 +56,26 @@ class ExperimentConfig(Record):
             raise ValueError("train.distillation needs model.variant categorical: a one_hot window has no distribution")
         return self
 
+    @model_validator(mode="after")
+    def _student(self) -> ExperimentConfig:
+        if self.model.student is None:
+            return self
+        if not self.data.distils:
+            raise ValueError(
+                "model.student needs the base model's completions, whose intervals it learns from; "
+                f"data.mode {self.data.mode} has none: choose prompt-distill or prompt-scheme-distill"
+            )
+        if self.train.distillation > 0:
+            raise ValueError("train.distillation needs the base model's logits, which no student sees: set it to 0")
+        if self.train.dtype == "float16":
+            raise ValueError("model.student cannot be trained in train.dtype float16; choose bfloat16 or float32")
+        return self
+
+
+PACKAGE = "parallel-token-prediction"
 
 FILES: dict[str, tuple[str, ...]] = {
-    "experiment.yaml": ("base_model", "dataset", "prompt_scheme", "sampling"),
+    "experiment.yaml": ("base_model", "data", "sampling"),
     "pregenerate.yaml": ("pregenerate",),
     "train.yaml": ("model", "train"),
 }
@@ -55,6 +85,7 @@ SECTIONS: dict[str, type[Record]] = {
     "pregenerate": PregenerateConfig,
     "model": PTPConfig,
     "train": TrainConfig,
+    "data": DataConfig,
     "sampling": SamplingRule,
 }
 
@@ -82,14 +113,17 @@ class Experiment:
             apply_override(settings, override)
         return cls(directory, ExperimentConfig(**settings))
 
-    def write(self) -> None:
-        """Write the settings files of a new experiment. Refuses to overwrite one."""
+    def check_new(self) -> None:
+        """Raises `ConfigError` if the directory already holds an experiment."""
         existing = [name for name in FILES if (self.directory / name).exists()]
         if existing:
             raise ConfigError(
                 f"{self.directory} already holds an experiment ({existing[0]}); choose another with --output-dir"
             )
-        self.directory.mkdir(parents=True, exist_ok=True)
+
+    def write(self) -> None:
+        """Write the settings files of a new experiment."""
+        self.check_new()
         values = self.config.model_dump(mode="json")
         for name, keys in FILES.items():
             text = yaml.safe_dump({key: values[key] for key in keys}, sort_keys=False)
@@ -105,8 +139,8 @@ class Experiment:
         return self.resolve(self.config.base_model)
 
     @property
-    def dataset(self) -> Path:
-        return Path(self.resolve(self.config.dataset))
+    def cache(self) -> Path:
+        return self.directory / "cache"
 
     @property
     def completions(self) -> Path:
@@ -120,22 +154,26 @@ class Experiment:
     def adapter(self) -> Path:
         return self.directory / "adapter"
 
-    def record_run(self, stage: str) -> None:
-        """Keep what a run used: resolved settings, command and versions, in runs/<stage>.json."""
-        import torch
-        import transformers
-
+    def record_run(self, stage: str, data_fingerprint: str) -> None:
+        """Keep what a run used, in runs/<stage>.json: command, resolved settings, data, versions and commit."""
         run = {
             "command": sys.argv,
             "config": self.config.model_dump(mode="json"),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "data_fingerprint": data_fingerprint,
+            "versions": {"python": platform.python_version()}
+            | {name: metadata.version(name) for name in (PACKAGE, "torch", "transformers")},
+            "commit": _commit(),
         }
-        (self.directory / "runs").mkdir(exist_ok=True)
         write_atomically(self.directory / "runs" / f"{stage}.json", json.dumps(run, indent=2).encode() + b"\n")
+
+
+def _commit() -> str | None:
+    """The commit of this program, if it runs from its repository."""
+    if shutil.which("git") is None:
+        return None
+    # Asked of this folder: installed below somebody else's repository, it has no commit there.
+    command = ["git", "-C", str(Path(__file__).parent), "log", "-1", "--format=%H", "--", "."]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def apply_override(settings: dict[str, Any], override: str) -> None:
@@ -147,18 +185,40 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
     target = settings
     record: type[BaseModel] = ExperimentConfig
     for section in sections:
-        field = record.model_fields.get(section)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+        inner = _record_in(record, section)
+        if inner is None:
             raise ConfigError(unknown_key(section, record.model_fields, record.__name__))
-        if not isinstance(target.setdefault(section, {}), dict):
+        if target.get(section) is None:
+            target[section] = {}
+        if not isinstance(target[section], dict):
             raise ConfigError(f"{section} must hold settings by name; got {target[section]!r}")
-        target, record = target[section], field.annotation
+        target, record = target[section], inner
     if key not in record.model_fields:
         for section, config in SECTIONS.items():
             if not sections and key in config.model_fields:
                 raise ConfigError(f"'{key}' belongs to a section; did you mean '{section}.{key}={text}'?")
         raise ConfigError(unknown_key(key, record.model_fields, record.__name__))
-    target[key] = text if record.model_fields[key].annotation is str else parse_value(text)
+    target[key] = _value(text, record.model_fields[key].annotation)
+
+
+def _record_in(record: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The record that a setting is, or may be in place of null; None for a plain value and an unknown key."""
+    field = record.model_fields.get(key)
+    kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _value(text: str, annotation: Any) -> Any:
+    """The value of an override: YAML; but where the setting takes text, null and lists only if it takes them too."""
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    if str not in kinds:
+        return parse_value(text)
+    if text == "null" and NoneType in kinds:
+        return None
+    with suppress(yaml.YAMLError):
+        if isinstance(value := yaml.safe_load(text), list) and any(get_origin(kind) is tuple for kind in kinds):
+            return value
+    return text
 
 
 def parse_value(text: str) -> Any:

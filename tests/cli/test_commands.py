@@ -1,19 +1,15 @@
 """The commands as they are typed: in this process where that is enough, as programs where it is not."""
 
-import io
 import json
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import torch
+from command_line import check_refused, files, notes, program, typed
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,7 +18,6 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.utils import logging as transformers_logging
 
 from ptp.cli import distill, generate, main, pregenerate, train
 from ptp.evaluation import verify as verify_module
@@ -46,45 +41,6 @@ KEYS = {
 }
 
 
-@dataclass(frozen=True)
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-def typed(command: Callable[[], None], *arguments: object, stdin: str = "") -> Result:
-    """Run a command's entry point in this process; an error that is not a user's goes through."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    argv = ["ptp", *map(str, arguments)]
-    patches = patch.object(sys, "argv", argv), patch.object(sys, "stdin", io.StringIO(stdin))
-    with patches[0], patches[1], redirect_stdout(out), redirect_stderr(err):
-        try:
-            command()
-        except SystemExit as exit:
-            code = int(exit.code or 0)
-    return Result(code, out.getvalue(), err.getvalue())
-
-
-def program(name: str, *arguments: object) -> Result:
-    """Run a console command as a program of its own."""
-    command = [str(Path(sys.executable).with_name(name)), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, check=False)
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
-def files(directory: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_foreign_bars() -> Iterator[None]:
-    """Programs switch other libraries' bars off before these are imported, which is too late here."""
-    transformers_logging.disable_progress_bar()
-    yield
-    transformers_logging.enable_progress_bar()
-
-
 @pytest.fixture(scope="module")
 def root(tiny_experiment: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model/ and prompts.jsonl, other/ with another model, and experiment/, made by the commands from start to end."""
@@ -94,17 +50,12 @@ def root(tiny_experiment: Callable, tmp_path_factory: pytest.TempPathFactory) ->
     settings = [
         "pregenerate.max_prompt_tokens=32",
         "pregenerate.max_new_tokens=16",
-        "model.window=4",
-        "model.lora_rank=2",
-        "train.sequence_length=48",
-        "train.windows_per_sequence=32",
-        "train.bf16=false",
+        "train.dtype=float32",
         "train.learning_rate=3e-4",
     ]
-    flags = [word for setting in settings for word in ("--set", setting)]
-    made = typed(
-        distill.main, root / "model", root / "prompts.jsonl", "--output-dir", root / "experiment", "--top-k", 40, *flags
-    )
+    flags = ["--yes", "--top-k", 40, "--window", 4, "--windows-per-sequence", 32, "--max-length", 48, "--lora-rank", 2]
+    flags += [word for setting in settings for word in ("--set", setting)]
+    made = typed(distill.main, root / "model", root / "prompts.jsonl", "--output-dir", root / "experiment", *flags)
     assert (made.code, made.out) == (0, f"{root / 'experiment'}\n")
     assert typed(pregenerate.main, root / "experiment").code == 0
     assert typed(train.main, root / "experiment", "train.max_steps=3", "train.save_every=2").code == 0
@@ -131,17 +82,6 @@ def generated(directory: Path, *arguments: object, prompt: str = PROMPT) -> dict
     return json.loads(result.out)
 
 
-def check_refused(result: Result, *words: str) -> None:
-    """One line that says what is wrong, though a progress bar may have begun."""
-    assert result.code == 2, result
-    assert result.out == ""
-    lines = [line for line in result.err.splitlines() if "━" not in line]
-    assert len(lines) == 1, result.err
-    assert lines[0].startswith("error: ")
-    for word in words:
-        assert word in lines[0]
-
-
 def test_help_does_not_wait_for_torch() -> None:
     code = """
 import sys
@@ -151,7 +91,7 @@ try:
     main()
 except SystemExit as exit:
     assert not exit.code, exit.code
-slow = {"torch", "transformers", "peft", "numpy"} & set(sys.modules)
+slow = {"torch", "transformers", "peft", "numpy", "datasets", "openai", "questionary"} & set(sys.modules)
 assert not slow, slow
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -260,7 +200,7 @@ def test_verify_reports_a_lossless_adapter(experiment: Path) -> None:
     assert result.code == 0, result.err
     lines = dict(line.rsplit("  ", 1) for line in result.out.splitlines())
     figures = {name.strip(): value.strip() for name, value in lines.items()}
-    assert (figures["prompts"], figures["mismatches"], figures["near-ties"]) == ("1", "0", "0")
+    assert (figures["prompts"], figures["mismatches"], figures["near-ties"]) == ("2", "0", "0")
     assert float(figures["tokens per call"]) >= 1
     assert "<html" in (experiment / "report.html").read_text()
 
@@ -269,7 +209,7 @@ def test_verify_fails_on_a_mismatch(experiment: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(verify_module, "compare", lambda *_: "mismatch")
     result = typed(main.main, "verify", experiment, "--max-new-tokens", 4)
     assert result.code == 1
-    assert "mismatches        1" in result.out
+    assert "mismatches        2" in result.out
 
 
 def test_as_a_program_generate_prints_the_object_alone(experiment: Path) -> None:
@@ -284,13 +224,36 @@ def test_as_a_program_a_bad_input_is_one_line(damaged: Path) -> None:
     check_refused(program("ptp_generate", damaged, "--prompt", PROMPT), str(path), "corrupt")
 
 
-@pytest.mark.parametrize("command", [pregenerate.main, train.main])
-def test_an_unknown_setting_is_refused_with_the_nearest_known_one(
-    experiment: Path, command: Callable[[], None]
+@pytest.mark.parametrize("name", ["pregenerate", "train", "verify"])
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.leanring_rate=1", ["leanring_rate", "did you mean 'learning_rate'?"]),
+        ("modle.window=3", ["modle", "did you mean 'model'?"]),
+        ("learning_rate=1", ["did you mean 'train.learning_rate=1'?"]),
+        ("pregenerate.engine.ulr=x", ["ulr", "did you mean 'url'?"]),
+        ("train.max_steps=many", ["max_steps", "got 'many'"]),
+        ("train.max_steps", ["section.key=value"]),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused_by_every_command(
+    experiment: Path, name: str, override: str, words: list[str]
 ) -> None:
     before = files(experiment)
-    check_refused(typed(command, experiment, "train.leanring_rate=1"), "leanring_rate", "did you mean 'learning_rate'?")
+    check_refused(typed(main.main, name, experiment, override), *words)
     assert files(experiment) == before
+
+
+def test_overrides_count_for_one_run(damaged: Path) -> None:
+    settings = {path: path.read_bytes() for path in damaged.glob("*.yaml")}
+    overrides = ["train.max_steps=4", "train.report_to=[]"]
+    assert typed(train.main, damaged, *overrides).code == 0
+    run = json.loads((damaged / "runs" / "train.json").read_text())
+    assert run["command"] == ["ptp", str(damaged), *overrides]
+    assert run["config"]["train"]["max_steps"] == 4
+    assert {path: path.read_bytes() for path in damaged.glob("*.yaml")} == settings
+    result = typed(main.main, "verify", damaged, "sampling.temperature=0.9")
+    check_refused(result, "the completions were sampled with temperature 0.7", "says temperature 0.9")
 
 
 def test_an_unknown_setting_in_a_file_is_refused(damaged: Path) -> None:
@@ -305,20 +268,6 @@ def test_an_unknown_setting_in_a_file_is_refused(damaged: Path) -> None:
 def test_a_missing_directory_is_refused_and_not_made(tmp_path: Path, name: str) -> None:
     check_refused(typed(main.main, name, tmp_path / "nowhere"), str(tmp_path / "nowhere"), "no such")
     assert not list(tmp_path.iterdir())
-
-
-def test_an_experiment_is_not_set_up_over_another_or_on_nothing(root: Path, experiment: Path, tmp_path: Path) -> None:
-    before = files(experiment)
-    inputs = [root / "model", root / "prompts.jsonl", "--output-dir"]
-    check_refused(typed(distill.main, *inputs, experiment), "already holds an experiment")
-    assert files(experiment) == before
-    new = tmp_path / "new"
-    check_refused(typed(distill.main, *inputs, new, "--top-p", 1.3), "top_p must lie in (0, 1]; got 1.3")
-    check_refused(typed(distill.main, *inputs, new, "--set", "model.windwo=3"), "did you mean 'window'?")
-    check_refused(typed(distill.main, *inputs, new, "--prompt-scheme", "{question}"), "has no column 'question'")
-    check_refused(typed(distill.main, root / "model", root / "none.jsonl", "--output-dir", new), "no such dataset")
-    check_refused(typed(distill.main, root, root / "prompts.jsonl", "--output-dir", new), str(root))
-    assert not new.exists()
 
 
 @pytest.mark.parametrize(
@@ -376,10 +325,81 @@ def test_a_base_model_that_is_gone_is_named(damaged: Path) -> None:
     check_refused(typed(generate.main, damaged, "--prompt", PROMPT), "../../gone")
 
 
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_completions_of_one_s_own_are_imported_and_train(damaged: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"def f{n}(x):", "completion": f" return x + {n}"} for n in range(24)]
+    rows[7]["completion"] = ""
+    mine = write_rows(tmp_path / "mine.jsonl", rows)
+    check_refused(typed(pregenerate.main, damaged, "--completions", mine), "already holds completions; remove it")
+    for name in ("completions", "checkpoints", "adapter"):
+        shutil.rmtree(damaged / name)
+    other = write_rows(tmp_path / "other.jsonl", [{"question": "a", "answer": "b"}])
+    check_refused(
+        typed(pregenerate.main, damaged, "--completions", other),
+        f"{other}, row 1: expected texts 'prompt' and 'completion'; it has: question, answer",
+    )
+    result = typed(pregenerate.main, damaged, "--completions", mine)
+    assert (result.code, result.out) == (0, "")
+    said, left_out = notes(result)
+    assert said.startswith(f"23 completions in {damaged}/completions: ")
+    assert left_out == "left out: 1 empty, or a text that no tokens give back exactly"
+    assert typed(train.main, damaged, "train.max_steps=2").code == 0
+    assert (damaged / "adapter" / "training.json").is_file()
+
+
+def test_what_is_left_out_is_said_as_the_template_says_it(chat_experiment: Callable, tmp_path: Path) -> None:
+    config = chat_experiment(tmp_path)
+    template = (tmp_path / "model" / "chat_template.jinja").read_text()
+    refusal = "after [/INST] comes [bold]no[/] 7"
+    refuses = f"{{% if messages[1].content.startswith('7') %}}{{{{ raise_exception('{refusal}') }}}}{{% endif %}}"
+    (tmp_path / "refuses.jinja").write_text(refuses + template)
+    set_up = typed(
+        distill.main,
+        *(config.base_model, config.data.path, "--yes", "--chat-template", tmp_path / "refuses.jinja"),
+        *("--output-dir", tmp_path / "new [a]", "--set", "pregenerate.max_prompt_tokens=64"),
+    )
+    assert set_up.code == 0, set_up.err
+    result = typed(pregenerate.main, tmp_path / "new [a]")
+    assert result.code == 0, result.err
+    said, left_out = notes(result)
+    assert said.startswith(f"46 completions in {tmp_path}/new [a]/completions: ")
+    assert left_out == f"left out: 2 the chat template refuses the chat: {refusal}"
+
+
+def test_prompts_of_which_none_is_short_enough_are_counted_in_one_line(damaged: Path) -> None:
+    result = typed(pregenerate.main, damaged, "pregenerate.max_prompt_tokens=4")
+    check_refused(result, "gives anything to use (24 rows: 24 longer than 4 tokens)")
+
+
+def test_an_endpoint_that_is_down_is_one_line(damaged: Path) -> None:
+    pytest.importorskip("openai", reason="the endpoint engine needs the openai package")
+    shutil.rmtree(damaged / "completions")
+    engine = "pregenerate.engine={url: http://127.0.0.1:9/v1, model: base, max_retries: 0}"
+    check_refused(
+        typed(pregenerate.main, damaged, engine),
+        "endpoint http://127.0.0.1:9/v1: Connection error",
+        "0 of 24 completions are kept; run the command again to go on",
+    )
+
+
+def test_the_help_says_what_is_taken_where_nothing_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    for name, *defaults in (
+        ("distill", "(default: asked)", "(default: found)", "(default: if there is a template)"),
+        ("generate", "(default: standard input)"),
+    ):
+        text = " ".join(typed(main.main, name, "--help").out.replace("│", " ").split())
+        assert all(default in text for default in defaults), text
+
+
 def test_a_stopped_command_leaves_without_a_traceback(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ptp.stages.pregenerate", stop)
+    monkeypatch.setattr("ptp.stages.pregenerate.pregenerate", stop)
     result = typed(pregenerate.main, experiment)
     assert result.code == 130

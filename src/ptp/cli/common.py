@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 from ptp.errors import PTPError
+from ptp.stages import Progress
 
-console = Console(stderr=True)
+# Brackets in a path or in a template's message are no markup.
+console = Console(stderr=True, markup=False, highlight=False)
+
+
+def note(text: str) -> None:
+    """A line on standard error, not broken where a terminal is narrow."""
+    console.print(text, soft_wrap=True)
 
 
 def run(command: Callable[[], object]) -> None:
@@ -29,21 +38,44 @@ def quiet_libraries() -> None:
     """Keep other libraries' bars and notices off the terminal unless asked for."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Set at all, it keeps tokenizers from warning at every fork; no child of ours tokenises.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 @contextmanager
-def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with time left on standard error; yields a function of (done, in all)."""
-    bar = Progress(
+def progress_bar(prefix: str = "") -> Iterator[Progress]:
+    """Bars with time left on standard error, one for each thing reported; yields the `ptp.stages.Progress` to call.
+
+    Only the first of several processes draws; tokens reported along the way are shown as tokens per second.
+    """
+    bars = RichProgress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(elapsed_when_finished=False),
         console=console,
+        disable=os.environ.get("RANK", "0") != "0",
     )
-    with bar:
-        task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    tasks: dict[str, TaskID] = {}
+    num_tokens, started = 0, time.monotonic()
+
+    def report(what: str, done: int, total: int, tokens: int = 0) -> None:
+        nonlocal num_tokens, started
+        if not tasks:
+            # Not before: where nothing is reported, an error would come after an empty line.
+            bars.start()
+        if what not in tasks:
+            tasks[what] = bars.add_task(f"{prefix}{what}", total=total, speed="")
+            num_tokens, started = 0, time.monotonic()
+        num_tokens += tokens
+        speed = f"{num_tokens / (time.monotonic() - started):,.0f} tokens/s" if num_tokens else ""
+        bars.update(tasks[what], completed=done, total=total, speed=speed)
+
+    try:
+        yield report
+    finally:
+        if tasks:
+            bars.stop()

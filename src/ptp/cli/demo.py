@@ -9,12 +9,12 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptp.cli.common import console, progress_bar
+from ptp.cli.common import console, note, progress_bar
 
 
 def command(
     directory: Annotated[
-        Optional[Path], typer.Option(help="Experiment directory [default: experiments/demo, or demo-tiny].")
+        Optional[Path], typer.Option(help="Experiment directory (default: experiments/demo, or demo-tiny).")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the directory and start over.")] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="A minute's run that shows the way, not the figures.")] = False,
@@ -29,24 +29,26 @@ def command(
         from ptp.demo import DEMO, TINY, make_experiment, make_teacher
         from ptp.evaluation.experiment_report import make_report, verify_experiment
         from ptp.evaluation.report import write_report
-        from ptp.stages import has_adapter, pregenerate, train
+        from ptp.stages.pregenerate import pregenerate
+        from ptp.stages.train import has_adapter, train
 
     started = time.monotonic()
     size = TINY if tiny else DEMO
     directory = directory or Path("experiments") / ("demo-tiny" if tiny else "demo")
     if fresh and directory.exists():
         shutil.rmtree(directory)
-    with progress_bar("1/5 teaching a small Llama Python") as progress:
-        make_teacher(directory, size, [TrainingProgress(progress)])
-        progress(size.teacher_steps, size.teacher_steps)
+    with progress_bar("1/5 ") as progress:
+        what = "a small Llama learns Python"
+        make_teacher(directory, size, [TrainingProgress(progress, what)])
+        progress(what, size.teacher_steps, size.teacher_steps)
     experiment = make_experiment(directory, size)
-    console.print(f"2/5 experiment set up in {directory}")
+    note(f"2/5 experiment set up in {directory}")
     if not has_adapter(experiment):
-        with progress_bar("3/5 sampling its completions     ") as progress:
+        with progress_bar("3/5 ") as progress:
             pregenerate(experiment, progress)
-        with progress_bar("4/5 training the PTP adapter     ") as progress:
-            train(experiment, [TrainingProgress(progress)])
-    with progress_bar("5/5 decoding both ways           ") as progress:
+        with progress_bar("4/5 ") as progress:
+            train(experiment, [TrainingProgress(progress, "the PTP adapter learns from them")], progress)
+    with progress_bar("5/5 ") as progress:
         verification = verify_experiment(
             experiment,
             num_prompts=size.num_verified,

@@ -16,7 +16,7 @@ from ptp.errors import DecodingError
 def command(
     directory: Annotated[Path, typer.Argument(help="Experiment or adapter directory.")],
     prompt: Annotated[
-        Optional[str], typer.Option(help="Text to complete [default: standard input].", show_default=False)
+        Optional[str], typer.Option(help="Text to complete (default: standard input).", show_default=False)
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Names the stream of u: same seed, same text.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 128,

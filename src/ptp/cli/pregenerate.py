@@ -7,20 +7,29 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptp.cli.common import progress_bar, run
+from ptp.cli.common import note, progress_bar, run
 
 
 def command(
     directory: Annotated[Path, typer.Argument(help="Experiment directory.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="Settings as section.key=value.")] = None,
+    completions: Annotated[
+        Optional[Path],
+        typer.Option(help="Take completions from this file instead: rows with the columns prompt and completion."),
+    ] = None,
 ) -> None:
     """Sample the base model's completions of the experiment's prompts; goes on where it was stopped."""
     from ptp.experiment import Experiment
-    from ptp.stages import pregenerate
+    from ptp.stages.pregenerate import described, import_completions, pregenerate
 
     experiment = Experiment.load(directory, overrides or [])
-    with progress_bar("prompts completed") as progress:
-        pregenerate(experiment, progress)
+    with progress_bar() as progress:
+        done = import_completions(experiment, completions) if completions else pregenerate(experiment, progress)
+    stored = done.store.load()
+    num_tokens = int(stored.lengths.sum())
+    note(f"{len(stored)} completions in {experiment.completions}: {num_tokens:,} tokens, prompts included")
+    if done.left_out:
+        note(f"left out: {described(done.left_out)}")
 
 
 def main() -> None:

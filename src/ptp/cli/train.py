@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptp.cli.common import console, progress_bar, run
+from ptp.cli.common import note, progress_bar, run
 
 
 def command(
@@ -19,13 +19,17 @@ def command(
     from ptp.cli.training_progress import TrainingProgress
     from ptp.evaluation.acceptance import simulated_tokens_per_call
     from ptp.experiment import Experiment
-    from ptp.stages import train
+    from ptp.stages.train import train
 
     experiment = Experiment.load(directory, overrides or [])
-    with progress_bar("training steps") as progress:
-        result = train(experiment, [TrainingProgress(progress)])
+    with progress_bar() as progress:
+        result = train(experiment, [TrainingProgress(progress, "training steps")], progress)
+    note(f"trained on {result.num_trained:,} of {result.num_tokens:,} tokens")
+    if experiment.config.model.student is not None:
+        note(f"held-out windows: {sum(result.survival):.2f} drafts right; student in {experiment.adapter}")
+        return
     simulated = simulated_tokens_per_call(result.survival, budget, experiment.config.model.lead)
-    console.print(
+    note(
         f"held-out windows: {sum(result.survival):.2f} drafts right before the first error, "
         f"simulated {simulated:.2f} tokens per call at budget {budget}; adapter in {experiment.adapter}"
     )

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
 def command(
     directory: Annotated[Path, typer.Argument(help="Experiment directory.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="Settings as section.key=value.")] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to decode.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write for each.")] = 128,
     budget: Annotated[int, typer.Option(min=0, help="Positions a call may spend on drafts.")] = 24,
     seed: Annotated[int, typer.Option(min=0, help="Names the stream of u.")] = 0,
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16 [default: float32].")] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16 (default: float32).")] = None,
     report: Annotated[bool, typer.Option(help="Also write report.html into the directory.")] = False,
 ) -> None:
     """Check that held-out prompts give the same text as plain decoding; report τ and speed-up. Exit code 1 if not."""
@@ -27,8 +28,8 @@ def command(
     from ptp.evaluation.report import write_report
     from ptp.experiment import Experiment
 
-    experiment = Experiment.load(directory)
-    with progress_bar("prompts decoded both ways") as progress:
+    experiment = Experiment.load(directory, overrides or [])
+    with progress_bar() as progress:
         verification = verify_experiment(
             experiment,
             num_prompts=num_prompts,

@@ -6,7 +6,7 @@ import datetime
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -21,7 +21,10 @@ from ptp.evaluation.verify import Verification, verify
 from ptp.experiment import FILES, Experiment
 from ptp.model.loading import load_base_model, load_tokenizer
 from ptp.model.ptp_model import PTPModel
-from ptp.stages import read_training_result, validation_prompts
+from ptp.stages import Progress, unheard
+from ptp.stages.train import read_training_result, validation_prompts
+
+DECODED = "prompts decoded both ways"
 
 SMALL_MODEL = 50_000_000
 """Parameters below which a decoding call is bound by the number of its operations: it is then run on one thread of a
@@ -36,7 +39,7 @@ def verify_experiment(
     budget: int,
     seed: int = 0,
     dtype: str = "float32",
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = unheard,
 ) -> Verification:
     """Decode held-out prompts in parallel and plainly, with the base model loaded anew for the plain side."""
     plain_model = load_base_model(experiment.base_model, dtype).eval()
@@ -48,10 +51,10 @@ def verify_experiment(
     with decoding_threads(plain_model.num_parameters()):
         # One prompt unmeasured: the first calls of a process pay for what later ones reuse.
         list(verify(decoder, plain_model, prompts[:1], max_new_tokens=8, seed=seed, repetitions=1))
-        progress(0, len(prompts))
+        progress(DECODED, 0, len(prompts))
         for comparison in verify(decoder, plain_model, prompts, max_new_tokens=max_new_tokens, seed=seed):
             comparisons.append(comparison)
-            progress(len(comparisons), len(prompts))
+            progress(DECODED, len(comparisons), len(prompts))
     return Verification(comparisons)
 
 

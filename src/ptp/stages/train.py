@@ -1,0 +1,187 @@
+"""Training: documents → windows → adapter (METHOD §3)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback, set_seed
+
+from ptp.data.documents import Documents
+from ptp.data.split import held_out
+from ptp.data.store import CompletionStore
+from ptp.errors import ConfigError, DataError
+from ptp.experiment import Experiment
+from ptp.files import write_atomically
+from ptp.model.adapter import fingerprint
+from ptp.model.loading import load_base_model, to_dtype
+from ptp.model.ptp_model import PTPModel
+from ptp.model.student import StudentModel
+from ptp.scaling import build_student
+from ptp.stages import Progress, unheard
+from ptp.stages.prepare import prepare
+from ptp.training.trainer import PTPTrainer, check_trackers, evaluate_windows
+
+TRAINING_RESULT = "training.json"
+"""In the adapter directory; written last."""
+
+TEXT_PROMPT_TOKENS = 64
+"""Tokens of a plain text that are its prompt, where one is wanted, but for texts less than twice as long."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What training measured on held-out windows.
+
+    accuracy: right predictions by window index. survival: the acceptance profile. validation_loss: mean over targets.
+    num_masked: targets the sampling rule gives no mass. num_tokens, num_trained: tokens of the training documents, and
+    those of them in spans. curves: (step, value) by name. config: all settings of the run, overrides included, as
+    `ExperimentConfig` has them.
+    """
+
+    accuracy: list[float]
+    survival: list[float]
+    validation_loss: float
+    num_masked: int
+    num_tokens: int
+    num_trained: int
+    curves: dict[str, list[tuple[int, float]]]
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Documents to train on and to validate with; fingerprint: hash of what they were made of."""
+
+    training: Documents
+    validation: Documents
+    fingerprint: str
+
+
+def training_data(experiment: Experiment, progress: Progress = unheard) -> TrainingData:
+    """The completions of the store, or the documents of the dataset where its own text is trained, split in two."""
+    if experiment.config.data.distils:
+        store = CompletionStore(experiment.completions)
+        if store.provenance.rule != experiment.config.sampling:
+            raise ConfigError(
+                f"the completions were sampled with {store.provenance.rule}, the experiment says "
+                f"{experiment.config.sampling}; restore the setting or pregenerate into a new directory"
+            )
+        documents, data_fingerprint = store.load(), store.provenance.prompts_fingerprint
+    else:
+        prepared = prepare(experiment, progress)
+        documents, data_fingerprint = prepared.documents, prepared.fingerprint
+    out = held_out(documents.groups)
+    return TrainingData(documents.select(~out), documents.select(out), data_fingerprint)
+
+
+def train(
+    experiment: Experiment, callbacks: Sequence[TrainerCallback] = (), progress: Progress = unheard
+) -> TrainingResult:
+    """Train the adapter, or the student, from the last complete checkpoint if there is one."""
+    settings, rule = experiment.config.train, experiment.config.sampling
+    check_trackers(settings.report_to)
+    data = training_data(experiment, progress)
+    if experiment.config.model.student is not None and not data.training.has_intervals:
+        raise ConfigError(
+            f"a student (model.student) needs intervals, and {experiment.completions} holds none: they are stored only "
+            "where ptp_pregenerate samples with the base model itself, not by an endpoint or an import"
+        )
+    check_lengths(np.concatenate([data.training.lengths, data.validation.lengths]), settings.sequence_length)
+    # Weights are drawn after seeding, so that a run and its repetition start alike.
+    set_seed(settings.seed)
+    model = new_model(experiment)
+    model.rule = rule
+    experiment.record_run("train", data.fingerprint)
+    trainer = PTPTrainer(model, settings, rule, data.training, experiment.checkpoints, callbacks)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(experiment.checkpoints))
+    metrics = evaluate_windows(model, data.validation, settings, rule)
+    model.survival = metrics.survival
+    model.save_pretrained(experiment.adapter)
+    result = TrainingResult(
+        accuracy=metrics.accuracy,
+        survival=list(metrics.survival),
+        validation_loss=metrics.mean_loss,
+        num_masked=metrics.num_masked,
+        num_tokens=int(data.training.lengths.sum()),
+        num_trained=int(data.training.num_trained.sum()),
+        config=experiment.config.model_dump(mode="json"),
+        curves={
+            "training loss": [(int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row]
+        },
+    )
+    write_atomically(experiment.adapter / TRAINING_RESULT, json.dumps(asdict(result), indent=2).encode() + b"\n")
+    return result
+
+
+def new_model(experiment: Experiment) -> PTPModel:
+    """The base model with an adapter that has learnt nothing yet, or a student of it that has not either."""
+    config = experiment.config
+    base_model = load_base_model(experiment.base_model)
+    # That of the checkpoint's own dtype: rounded to float16, it would be another model's.
+    found = fingerprint(base_model)
+    if config.data.distils:
+        check_teacher(experiment, found)
+    if config.model.student is not None:
+        student = build_student(config.model.student, base_model.config, config.train.sequence_length)
+        return StudentModel(student, config.model, experiment.base_model, found).to(base_model.device)
+    model = PTPModel(to_dtype(base_model, config.train.dtype), config.model)
+    model.base_fingerprint = found
+    return model
+
+
+def has_adapter(experiment: Experiment) -> bool:
+    """Whether training has come to its end."""
+    return (experiment.adapter / TRAINING_RESULT).is_file()
+
+
+def read_training_result(experiment: Experiment) -> TrainingResult:
+    """What `train` measured when it wrote the adapter."""
+    return TrainingResult(**json.loads((experiment.adapter / TRAINING_RESULT).read_text()))
+
+
+def last_complete_checkpoint(directory: Path) -> str | None:
+    """The newest checkpoint whose writing was not cut short; the Trainer writes trainer_state.json last."""
+    complete = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def check_lengths(lengths: np.ndarray, sequence_length: int) -> None:
+    """Raises `ConfigError` if a document does not fit into a packed sequence."""
+    if lengths.max() > sequence_length:
+        raise ConfigError(
+            f"train.sequence_length is {sequence_length}, the longest completion has {lengths.max()} tokens; raise it"
+        )
+
+
+def check_teacher(experiment: Experiment, found: str) -> None:
+    """Raises `DataError` if the store's completions were sampled from another base model.
+
+    Those of an endpoint or of a file tell nothing about it.
+    """
+    expected = CompletionStore(experiment.completions).provenance.base_fingerprint
+    if expected and found != expected:
+        raise DataError(
+            f"{experiment.completions} was sampled from another base model ({expected[:12]}) than "
+            f"{experiment.config.base_model} ({found[:12]}); pregenerate into a new directory"
+        )
+
+
+def validation_prompts(experiment: Experiment, count: int) -> list[list[int]]:
+    """Token ids of up to `count` held-out prompts, each once: what stands before a document's first trained token.
+
+    A text has no prompt; its first tokens are taken for one.
+    """
+    documents = training_data(experiment).validation
+    _, first_of_group = np.unique(documents.groups, return_index=True)
+    prompts = []
+    for place in np.sort(first_of_group)[:count]:
+        document = documents[place]
+        is_text = experiment.config.data.mode == "fixed"
+        length = min(TEXT_PROMPT_TOKENS, (len(document) + 1) // 2) if is_text else document.prompt_length
+        prompts.append(document.ids[:length].tolist())
+    return prompts
