@@ -113,17 +113,9 @@ class Experiment:
             apply_override(settings, override)
         return cls(directory, ExperimentConfig(**settings))
 
-    def check_new(self) -> None:
-        """Raises `ConfigError` if the directory already holds an experiment."""
-        existing = [name for name in FILES if (self.directory / name).exists()]
-        if existing:
-            raise ConfigError(
-                f"{self.directory} already holds an experiment ({existing[0]}); choose another with --output-dir"
-            )
-
     def write(self) -> None:
         """Write the settings files of a new experiment."""
-        self.check_new()
+        check_new(self.directory)
         values = self.config.model_dump(mode="json")
         for name, keys in FILES.items():
             text = yaml.safe_dump({key: values[key] for key in keys}, sort_keys=False)
@@ -174,6 +166,13 @@ def _commit() -> str | None:
     # Asked of this folder: installed below somebody else's repository, it has no commit there.
     command = ["git", "-C", str(Path(__file__).parent), "log", "-1", "--format=%H", "--", "."]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+def check_new(directory: Path) -> None:
+    """Raises `ConfigError` if a directory already holds an experiment."""
+    existing = [name for name in FILES if (directory / name).exists()]
+    if existing:
+        raise ConfigError(f"{directory} already holds an experiment ({existing[0]}); choose another with --output-dir")
 
 
 def apply_override(settings: dict[str, Any], override: str) -> None:

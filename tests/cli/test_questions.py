@@ -24,7 +24,6 @@ from prompt_toolkit.output import DummyOutput
 
 from ptp.cli import distill
 from ptp.cli.questions import ask
-from ptp.errors import DataError
 from ptp.experiment import Experiment, ExperimentConfig
 from ptp.stages.distill import Answers, Survey, survey
 
@@ -91,12 +90,18 @@ def answered(found: Survey, keys: str, answers: Answers | None = None) -> Answer
 # The answers
 
 
-@pytest.mark.parametrize("model", ["model", "plain/model"])
-@pytest.mark.parametrize("data", ["chats.jsonl", "texts.jsonl", "columns.jsonl"])
+@pytest.mark.parametrize(
+    ("model", "data"),
+    [
+        ("model", "chats.jsonl"),
+        ("model", "texts.jsonl"),
+        ("model", "columns.jsonl"),
+        ("plain/model", "texts.jsonl"),
+        ("plain/model", "columns.jsonl"),
+    ],
+)
 def test_accepting_every_default_is_what_yes_takes(root: Path, model: str, data: str) -> None:
     found = look(root, model, data)
-    if (model, data) == ("plain/model", "chats.jsonl"):
-        pytest.skip("chats need a template")
     assert answered(found, ENTER * 20).settings(found) == Answers().settings(found)
 
 
@@ -148,7 +153,7 @@ def test_without_a_template_nobody_is_asked_for_the_user_s_turn(root: Path) -> N
 
 def test_of_several_columns_one_is_chosen(root: Path) -> None:
     found = look(root, "plain/model", "columns.jsonl")
-    fixed = DOWN + DOWN + ENTER
+    fixed = DOWN + ENTER
     assert found.columns("fixed") == ("second", "first", "third")
     assert answered(found, fixed + ENTER * 20).column == "second"
     assert answered(found, fixed + DOWN + ENTER * 20).column == "first"
@@ -177,9 +182,17 @@ def test_what_is_no_number_is_not_accepted(root: Path) -> None:
         assert answers.window == 6
 
 
-def test_chats_chosen_where_there_are_none_are_an_error(root: Path) -> None:
-    with pytest.raises(DataError, match="no column holds chats, which full-chat needs; name one with --column"):
-        answered(look(root, "plain/model", "texts.jsonl"), DOWN + ENTER)
+def test_only_modes_that_suit_data_and_tokenizer_are_offered(root: Path) -> None:
+    every = ("prompt-distill", "prompt-scheme-distill", "full-chat", "fixed")
+
+    def offered(*inputs: str) -> list[str]:
+        return [mode for mode in every if look(root, *inputs).suits(mode)]
+
+    assert offered("plain/model", "texts.jsonl") == ["prompt-scheme-distill", "fixed"]
+    assert offered("model", "texts.jsonl") == ["prompt-scheme-distill", "fixed"]
+    assert offered("model", "chats.jsonl")[:3] == ["prompt-distill", "prompt-scheme-distill", "full-chat"]
+    # The second of them is chosen by one step down.
+    assert answered(look(root, "plain/model", "texts.jsonl"), DOWN + ENTER * 20).mode == "fixed"
 
 
 # The command
@@ -199,11 +212,11 @@ def test_answers_land_in_the_files(root: Path, tmp_path: Path) -> None:
 
 def test_the_example_of_the_answers_is_shown_before_anything_is_written(root: Path, tmp_path: Path) -> None:
     inputs = (root / "plain" / "model", root / "texts.jsonl", "--output-dir", tmp_path / "new")
-    result = at_terminal(DOWN + DOWN + ENTER * 6 + "n", *inputs)
+    result = at_terminal(DOWN + ENTER * 6 + "n", *inputs)
     assert result.code == 1
     assert "⟦0 and 1 are 1</s>⟧" in result.err
     assert list(tmp_path.iterdir()) == []
-    assert at_terminal(DOWN + DOWN + ENTER * 7, *inputs).code == 0
+    assert at_terminal(DOWN + ENTER * 7, *inputs).code == 0
 
 
 @pytest.mark.parametrize("number", range(9))

@@ -37,9 +37,7 @@ def test_some_and_never_more_than_a_tenth_are_held_out(contents: list[str]) -> N
 
 @given(ANY.filter(lambda contents: not fits(contents)))
 def test_documents_too_few_or_too_alike_to_split_are_an_error_that_says_so(contents: list[str]) -> None:
-    with pytest.raises(
-        DataError, match=f"^{len(contents)} documents are too few .* at least 10 different ones$"
-    ):
+    with pytest.raises(DataError, match=f"^{len(contents)} documents are too few .* at least 10 different ones$"):
         held_out(groups_of(contents))
 
 

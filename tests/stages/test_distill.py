@@ -376,12 +376,19 @@ def test_answers_are_what_is_set(inputs: Path) -> None:
         window=8,
         windows_per_sequence=3,
         max_length=64,
+        num_prompts=9,
+        completions_per_prompt=4,
         lora_rank=5,
         tracker="tensorboard",
     )
     assert answers.settings(found) == {
         "data": {"mode": "prompt-distill", "column": "messages", "turns": "first", "drop_system": True, "tools": None},
-        "pregenerate": {"max_prompt_tokens": 32, "max_length": 64},
+        "pregenerate": {
+            "max_prompt_tokens": 32,
+            "max_length": 64,
+            "num_prompts": 9,
+            "completions_per_prompt": 4,
+        },
         "model": {"window": 8, "lora_rank": 5, "lora_alpha": 5},
         "train": {"sequence_length": 64, "windows_per_sequence": 3, "report_to": ["tensorboard"]},
     }

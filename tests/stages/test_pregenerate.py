@@ -32,11 +32,17 @@ from ptp.stages.prepare import prepare
 from ptp.stages.train import train
 
 END = 1
+ENDS = {END, *range(200, 212)}
+"""So many that completions of a random model end early and late."""
 
 
 @pytest.fixture(scope="module")
 def config(tiny_experiment: Callable, tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
-    return tiny_experiment(tmp_path_factory.mktemp("inputs"))
+    directory = tmp_path_factory.mktemp("inputs")
+    config = tiny_experiment(directory)
+    path = directory / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": sorted(ENDS)}))
+    return config
 
 
 @pytest.fixture
@@ -113,10 +119,11 @@ def test_every_prompt_is_completed_as_far_as_it_may_be(finished: Experiment) -> 
         assert document.spans == ((len(prompt), len(document)),)
         assert document.ids[: len(prompt)].tolist() == prompt.ids.tolist()
         assert document.group == prompt.group
-        assert document.finished == (document.ids[-1] == END)
-        assert END not in document.ids[len(prompt) : -1]
+        assert document.finished == (document.ids[-1] in ENDS)
+        assert not ENDS & set(document.ids[len(prompt) : -1].tolist())
         longest = min(settings.max_length, len(prompt) + settings.max_new_tokens)
         assert document.finished or len(document) == longest
+    assert 5 < sum(document.finished for document in completions) < 24
 
 
 def test_completions_of_a_prompt_differ_and_share_its_group(experiment: Experiment) -> None:
@@ -128,7 +135,9 @@ def test_completions_of_a_prompt_differ_and_share_its_group(experiment: Experime
     for document in completions:
         assert document.group == prompts[document.number // 4].group
         texts.setdefault(document.number // 4, set()).add(tuple(document.ids.tolist()))
-    assert all(len(found) == 4 for found in texts.values())
+    # Two that end after a token or two may come out alike.
+    assert all(len(found) > 1 for found in texts.values())
+    assert sum(len(found) for found in texts.values()) > 0.9 * len(completions)
 
 
 def test_the_seed_and_nothing_else_decides(experiment: Experiment, finished: Experiment, tmp_path: Path) -> None:
@@ -392,7 +401,7 @@ def test_settings_changed_after_pregeneration_are_refused(
     finished: Experiment, override: str, changed_fields: str
 ) -> None:
     before = files(finished.completions) | files(finished.directory / "runs")
-    with pytest.raises(DataError, match=f"holds completions made with another {changed_fields}; remove it or use"):
+    with pytest.raises(DataError, match=f"holds completions made with another {changed_fields} "):
         pregenerate(changed(finished, override))
     assert files(finished.completions) | files(finished.directory / "runs") == before
 
@@ -469,7 +478,7 @@ def served(finished: Experiment) -> Script:
 
     def reply(body: dict[str, Any], before: int) -> Reply:
         ids = by_prompt[tuple(body["prompt"])]
-        reason = "stop" if ids[-1] == END else "length"
+        reason = "stop" if ids[-1] in ENDS else "length"
         return Reply(completion(token_ids=ids, finish_reason=reason, prompt_token_ids=body["prompt"]))
 
     return reply
@@ -668,6 +677,6 @@ def test_nothing_is_imported_into_a_store_that_is_there(finished: Experiment, tm
 
 def test_nothing_is_sampled_into_an_imported_store(experiment: Experiment, tmp_path: Path) -> None:
     import_completions(experiment, write(tmp_path / "mine.jsonl", rows()))
-    with pytest.raises(DataError, match="holds completions made with another source and"):
+    with pytest.raises(DataError, match=r"made with another source \(file; now base model\) and base_fingerprint"):
         pregenerate(experiment)
     assert len(stored(experiment)) == 24

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
@@ -17,6 +18,10 @@ from ptp.stages import Progress
 
 # Brackets in a path or in a template's message are no markup.
 console = Console(stderr=True, markup=False, highlight=False)
+
+
+SECONDS_PER_LINE = 10
+"""Between lines of progress in a log."""
 
 
 def note(text: str) -> None:
@@ -43,27 +48,40 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
+def resumable() -> Iterator[None]:
+    """A block that goes on where it was stopped: Ctrl-C says so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note("stopped; what is done is kept, and the same command goes on from there")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
 def progress_bar(prefix: str = "") -> Iterator[Progress]:
     """Bars with time left on standard error, one for each thing reported; yields the `ptp.stages.Progress` to call.
 
-    Only the first of several processes draws; tokens reported along the way are shown as tokens per second.
+    Only the first of several processes draws; tokens reported along the way are shown as tokens per second. Where
+    standard error is no terminal, there is a line every `SECONDS_PER_LINE` instead.
     """
+    is_first = os.environ.get("RANK", "0") == "0"
     bars = RichProgress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]}"),
         TimeElapsedColumn(),
-        TextColumn("left"),
+        TextColumn("elapsed, left"),
         TimeRemainingColumn(elapsed_when_finished=False),
         console=console,
-        disable=os.environ.get("RANK", "0") != "0",
+        disable=not (is_first and console.is_terminal),
     )
     tasks: dict[str, TaskID] = {}
     num_tokens, started = 0, time.monotonic()
+    noted = started
 
     def report(what: str, done: int, total: int, tokens: int = 0) -> None:
-        nonlocal num_tokens, started
+        nonlocal num_tokens, started, noted
         if not tasks:
             # Not before: where nothing is reported, an error would come after an empty line.
             bars.start()
@@ -73,6 +91,9 @@ def progress_bar(prefix: str = "") -> Iterator[Progress]:
         num_tokens += tokens
         speed = f"{num_tokens / (time.monotonic() - started):,.0f} tokens/s" if num_tokens else ""
         bars.update(tasks[what], completed=done, total=total, speed=speed)
+        if is_first and not console.is_terminal and time.monotonic() - noted > SECONDS_PER_LINE:
+            noted = time.monotonic()
+            note(f"{prefix}{what} {done:,}/{total:,} {speed}".rstrip())
 
     try:
         yield report

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ptp.cli.common import console, run
+from ptp.cli.common import console, note, run
 from ptp.config import Mode, Tracker, Turns
 from ptp.errors import ConfigError
 
@@ -53,6 +53,10 @@ def command(
             min=8, help="Tokens of a sequence, prompt and completion (default: 1024, or the model's context)."
         ),
     ] = None,
+    num_prompts: Annotated[
+        Optional[int], typer.Option(min=1, help="Use the first so many prompts (default: all).")
+    ] = None,
+    completions_per_prompt: Annotated[int, typer.Option(min=1, help="Completions to sample of each prompt.")] = 1,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the gated LoRA.")] = 32,
     tracker: Annotated[Tracker, typer.Option(help="Where training reports to.")] = "none",
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.7,
@@ -72,7 +76,7 @@ def command(
         raise ConfigError("no terminal to ask on: give --mode, or --yes for what suits the data")
 
     from ptp.cli.questions import ask, ask_to_write, show
-    from ptp.experiment import Experiment, ExperimentConfig, apply_override
+    from ptp.experiment import Experiment, ExperimentConfig, apply_override, check_new
     from ptp.stages.distill import Answers, distill, example, survey
 
     template = str(chat_template.resolve()) if chat_template else None
@@ -86,11 +90,15 @@ def command(
         window=window,
         windows_per_sequence=windows_per_sequence,
         max_length=max_length,
+        num_prompts=num_prompts,
+        completions_per_prompt=completions_per_prompt,
         lora_rank=lora_rank,
         tracker=tracker,
     )
     # Paths are kept absolute: commands may be run from anywhere.
     model, dataset = (str(Path(name).resolve()) if Path(name).exists() else name for name in (model, dataset))
+    if output_dir is not None:
+        check_new(output_dir)
     data = {"path": dataset, "config": config, "split": split, "revision": revision, "chat_template": template}
     with console.status("looking at model and data"):
         found = survey(model, data)
@@ -107,12 +115,13 @@ def command(
     name = f"{Path(model).name}_{Path(dataset).name.partition('.')[0]}_{experiment_config.data.mode}"
     directory = output_dir or Path("experiments") / name
     experiment = Experiment(directory, experiment_config)
-    experiment.check_new()
+    check_new(directory)
     show(example(experiment))
     if asking and not ask_to_write(directory):
         raise typer.Exit(1)
     distill(directory, experiment_config)
     print(directory)
+    note(f"next: {'ptp_pregenerate' if experiment_config.data.distils else 'ptp_train'} {directory}")
 
 
 def main() -> None:

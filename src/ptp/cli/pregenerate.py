@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptp.cli.common import note, progress_bar, run
+from ptp.cli.common import note, progress_bar, resumable, run
 
 
 def command(
@@ -23,13 +23,18 @@ def command(
     from ptp.stages.pregenerate import described, import_completions, pregenerate
 
     experiment = Experiment.load(directory, overrides or [])
-    with progress_bar() as progress:
-        done = import_completions(experiment, completions) if completions else pregenerate(experiment, progress)
+    with resumable(), progress_bar() as progress:
+        done = (
+            import_completions(experiment, completions)
+            if completions
+            else pregenerate(experiment, progress, announce=note)
+        )
     stored = done.store.load()
     num_tokens = int(stored.lengths.sum())
     note(f"{len(stored)} completions in {experiment.completions}: {num_tokens:,} tokens, prompts included")
-    if done.left_out:
+    if done.left_out and completions:
         note(f"left out: {described(done.left_out)}")
+    note(f"next: ptp_train {directory}")
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ def ask(found: Survey, answers: Answers) -> Answers:
     mode: Mode = _answer(
         questionary.select(
             "What should the adapter learn from?",
-            [Choice(f"{name}: {meaning}", value=name) for name, meaning in MODES.items()],
+            [Choice(f"{name}: {meaning}", value=name) for name, meaning in MODES.items() if found.suits(name)],
             default=found.mode,
         )
     )

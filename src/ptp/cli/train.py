@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptp.cli.common import note, progress_bar, run
+from ptp.cli.common import note, progress_bar, resumable, run
 
 
 def command(
@@ -22,7 +22,7 @@ def command(
     from ptp.stages.train import train
 
     experiment = Experiment.load(directory, overrides or [])
-    with progress_bar() as progress:
+    with resumable(), progress_bar() as progress:
         result = train(experiment, [TrainingProgress(progress, "training steps")], progress)
     note(f"trained on {result.num_trained:,} of {result.num_tokens:,} tokens")
     if experiment.config.model.student is not None:
@@ -33,6 +33,7 @@ def command(
         f"held-out windows: {sum(result.survival):.2f} drafts right before the first error, "
         f"simulated {simulated:.2f} tokens per call at budget {budget}; adapter in {experiment.adapter}"
     )
+    note(f"next: ptp verify {directory} --report")
 
 
 def main() -> None:

@@ -19,6 +19,9 @@ from ptp.files import write_atomically
 from ptp.records import Record
 from ptp.sampling import SamplingRule
 
+SHOWN_CHARACTERS, SHOWN_DIGITS = 80, 12
+"""Of a value, and of a hash, in a message."""
+
 
 class Provenance(Record):
     """What made a store's completions; adding to a store with another provenance is refused.
@@ -47,21 +50,21 @@ class CompletionStore:
     def __init__(self, directory: Path, provenance: Provenance | None = None) -> None:
         self.directory = directory
         settings = directory / "store.json"
-        if not settings.exists():
+        if not settings.exists() or (provenance is not None and not any(directory.glob("shard-*"))):
+            # A provenance that nothing was made with yet binds nobody.
             if provenance is None:
                 raise DataError(f"{directory} holds no completions; make them with ptp_pregenerate")
-            write_atomically(settings, provenance.model_dump_json(indent=2).encode() + b"\n")
+            content = provenance.model_dump_json(indent=2).encode() + b"\n"
+            if not settings.exists() or settings.read_bytes() != content:
+                write_atomically(settings, content)
         try:
             self.provenance = Provenance(**json.loads(settings.read_text()))
         except (ValueError, TypeError) as error:
             raise DataError(f"{settings} is corrupt: {error}") from None
         if provenance is not None and provenance != self.provenance:
-            changed = [
-                name for name in Provenance.model_fields if getattr(provenance, name) != getattr(self.provenance, name)
-            ]
             raise DataError(
-                f"{directory} holds completions made with another {' and '.join(changed)}; "
-                "remove it or use another experiment directory"
+                f"{directory} holds completions made with another {_differences(self.provenance, provenance)}; "
+                "restore the settings, or pregenerate into a new experiment directory"
             )
 
     def batch_size(self, find: Callable[[], int]) -> int:
@@ -87,3 +90,14 @@ class CompletionStore:
     def load(self) -> Documents:
         """All completions, in order of sequence number."""
         return Documents.load(self.directory)
+
+
+def _differences(stored: Provenance, wanted: Provenance) -> str:
+    """The fields that differ, with what is stored and what is wanted now."""
+
+    def shown(name: str, value: object) -> str:
+        return str(value)[: SHOWN_DIGITS if name.endswith("fingerprint") else SHOWN_CHARACTERS] or "none"
+
+    pairs = ((name, getattr(stored, name), getattr(wanted, name)) for name in Provenance.model_fields)
+    differing = ((name, shown(name, old), shown(name, new)) for name, old, new in pairs if old != new)
+    return " and ".join(f"{name} ({old}; now {new})" for name, old, new in differing)

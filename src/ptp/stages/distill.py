@@ -14,7 +14,7 @@ from ptp.data.documents import Document
 from ptp.data.preparation import Preparation
 from ptp.data.sources import load_source
 from ptp.errors import ConfigError, DataError
-from ptp.experiment import Experiment, ExperimentConfig
+from ptp.experiment import Experiment, ExperimentConfig, check_new
 from ptp.files import write_atomically
 from ptp.model.loading import load_context_length, load_tokenizer
 from ptp.model.ptp_model import check_attention
@@ -63,6 +63,15 @@ class Survey:
             raise DataError(f"no column holds {held}, which {mode} needs; name one with --column")
         return columns
 
+    def suits(self, mode: Mode) -> bool:
+        """Whether the data and the tokenizer have what a mode needs."""
+        try:
+            return mode == "prompt-scheme-distill" or bool(
+                self.columns(mode) and self.has_template >= (mode in CHAT_MODES)
+            )
+        except DataError:
+            return False
+
     @property
     def max_length(self) -> int:
         """A length of packed sequences that suits the model."""
@@ -108,6 +117,8 @@ class Answers:
     window: int = 16
     windows_per_sequence: int | None = None
     max_length: int | None = None
+    num_prompts: int | None = None
+    completions_per_prompt: int = 1
     lora_rank: int = 32
     tracker: Tracker = "none"
 
@@ -130,7 +141,12 @@ class Answers:
         max_length = self.max_length or found.max_length
         return {
             "data": data,
-            "pregenerate": {"max_prompt_tokens": max_length // 2, "max_length": max_length},
+            "pregenerate": {
+                "max_prompt_tokens": max_length // 2,
+                "max_length": max_length,
+                "num_prompts": self.num_prompts,
+                "completions_per_prompt": self.completions_per_prompt,
+            },
             "model": {"window": self.window, "lora_rank": self.lora_rank, "lora_alpha": self.lora_rank},
             "train": {
                 "sequence_length": max_length,
@@ -155,7 +171,7 @@ def distill(directory: Path, config: ExperimentConfig) -> Experiment:
     parallel; `DataError` if no row gives a document.
     """
     experiment = Experiment(directory, config)
-    experiment.check_new()
+    check_new(directory)
     example(experiment)
     contents: dict[str, bytes] = {}
     if config.data.chat_template is not None:

@@ -51,8 +51,13 @@ Sampler = Callable[[int, Sequence[Prompt], Report], Sequence[Document]]
 """Completions of the prompts of a shard, whose number it is told."""
 
 
-def pregenerate(experiment: Experiment, progress: Progress = unheard) -> Pregenerated:
-    """Sample completions of all prompts that are not in the store yet, or this process's share of them."""
+def pregenerate(
+    experiment: Experiment, progress: Progress = unheard, announce: Callable[[str], None] = lambda text: None
+) -> Pregenerated:
+    """Sample completions of all prompts that are not in the store yet, or this process's share of them.
+
+    announce: told, before the sampling begins, what it will be of.
+    """
     settings = experiment.config.pregenerate
     check_distils(experiment)
     prepared = fitting_prompts(experiment, progress)
@@ -74,6 +79,10 @@ def pregenerate(experiment: Experiment, progress: Progress = unheard) -> Pregene
         progress(COMPLETIONS, stored + num_done, per_prompt * num_prompts, num_tokens)
 
     stored = num_stored()
+    announce(
+        f"{num_prompts:,} prompts, {per_prompt} completions of each; {stored:,} of {per_prompt * num_prompts:,} "
+        f"stored; left out: {described(left_out)}"
+    )
     report(0, 0)
     for number in range(rank, len(groups), world_size):
         if not store.holds(number):
@@ -154,7 +163,7 @@ def import_completions(experiment: Experiment, file: Path) -> Pregenerated:
 
 def described(left_out: Counter[str]) -> str:
     """Reasons and counts in one line."""
-    return "; ".join(f"{count} {reason}" for reason, count in left_out.most_common()) or "none"
+    return "; ".join(f"{count:,} {reason}" for reason, count in left_out.most_common()) or "none"
 
 
 def _base_model(

@@ -18,7 +18,7 @@ from ptp.data.sources import Source, load_source
 from ptp.errors import ConfigError, DataError
 from ptp.experiment import Experiment
 from ptp.files import appearing
-from ptp.model.loading import load_end_tokens, load_tokenizer
+from ptp.model.loading import load_context_length, load_end_tokens, load_tokenizer
 from ptp.stages import Progress, unheard
 
 LEFT_OUT = "left_out.json"
@@ -53,17 +53,22 @@ def open_tokenizer(experiment: Experiment) -> PreTrainedTokenizerBase:
         try:
             tokenizer.chat_template = Path(experiment.resolve(template)).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the chat template '{template}' (data.chat_template): {error}") from None
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ConfigError(f"cannot read the chat template '{template}' (data.chat_template): {reason}") from None
     return tokenizer
 
 
 def open_preparation(experiment: Experiment) -> Preparation:
     """How the experiment's rows become documents."""
     config, tokenizer = experiment.config, open_tokenizer(experiment)
+    # A packed sequence may be longer than the model's context, a document may not.
+    longest = min(
+        config.train.sequence_length, load_context_length(experiment.base_model) or config.train.sequence_length
+    )
     return Preparation(
         data=config.data,
         tokenizer=tokenizer,
-        max_tokens=config.pregenerate.max_prompt_tokens if config.data.distils else config.train.sequence_length,
+        max_tokens=config.pregenerate.max_prompt_tokens if config.data.distils else longest,
         end_token_ids=load_end_tokens(experiment.base_model, tokenizer),
     )
 
