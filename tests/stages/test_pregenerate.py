@@ -505,7 +505,7 @@ def test_an_endpoint_s_completions_are_stored_without_intervals(
         fields = ("spans", "group", "number", "finished")
         assert [getattr(document, name) for name in fields] == [getattr(expected, name) for name in fields]
     provenance = CompletionStore(experiment.completions).provenance
-    assert (provenance.source, provenance.base_fingerprint) == (f"{server.url} base", "")
+    assert (provenance.source, provenance.base_fingerprint) == ("endpoint base", "")
     # The answers have gone from the journals into the shards.
     assert {path.suffix for path in experiment.completions.iterdir()} == {".json", ".safetensors"}
 

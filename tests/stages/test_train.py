@@ -252,6 +252,30 @@ def test_a_killed_training_goes_on_to_the_same_adapter(sampled: Experiment, fini
     assert result.curves == read_training_result(finished).curves
 
 
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("train.learning_rate=0.1", r"train\.learning_rate \(0\.\d+; now 0\.1\)"),
+        ("model.window=3", r"model\.window \(4; now 3\)"),
+        ("train.seed=5", r"train\.seed \(0; now 5\)"),
+    ],
+)
+def test_training_does_not_go_on_from_checkpoints_of_other_settings(
+    finished: Experiment, override: str, difference: str
+) -> None:
+    before = files(finished.directory)
+    with pytest.raises(ConfigError, match=f"were made with another {difference}; restore that to go on from them"):
+        train(changed(finished, override))
+    assert files(finished.directory) == before
+
+
+def test_a_training_may_be_made_longer(sampled: Experiment) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(sampled, [Kill(3)])
+    longer = changed(sampled, "train.max_steps=6", "train.save_every=3")
+    assert train(longer).config["train"]["max_steps"] == 6
+
+
 def test_a_finished_training_takes_no_further_step(finished: Experiment) -> None:
     weights = {name: (finished.adapter / name).read_bytes() for name in WEIGHTS}
     result = read_training_result(finished)

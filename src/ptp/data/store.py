@@ -26,7 +26,7 @@ SHOWN_CHARACTERS, SHOWN_DIGITS = 80, 12
 class Provenance(Record):
     """What made a store's completions; adding to a store with another provenance is refused.
 
-    source: "base model", "file" or the endpoint's URL and model. The other fields are docs/formats.md's.
+    source: "base model", "file", or "endpoint" and the name of the model there. The other fields are docs/formats.md's.
     """
 
     source: str

@@ -9,6 +9,7 @@ another order. Of R processes (torchrun, accelerate launch), process r takes eve
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ptp.data.store import CompletionStore, Provenance
 from ptp.data.teacher import Prompt, find_batch_size, halving, sample_completions
 from ptp.errors import ConfigError, DataError
 from ptp.experiment import Experiment
+from ptp.files import appearing
 from ptp.model.adapter import fingerprint
 from ptp.model.loading import load_base_model, load_context_length, load_end_tokens
 from ptp.model.ptp_model import check_attention, end_token_ids
@@ -125,7 +127,7 @@ def import_completions(experiment: Experiment, file: Path) -> Pregenerated:
     A completion is taken to be whole: the end token is added to it. Intervals are computed in training.
     """
     check_distils(experiment)
-    if (experiment.completions / "store.json").exists():
+    if any(experiment.completions.glob("shard-*")):
         raise DataError(f"{experiment.completions} already holds completions; remove it, or set up another experiment")
     settings, source = experiment.config.pregenerate, load_source(str(file))
     tokenizer = open_tokenizer(experiment)
@@ -154,11 +156,14 @@ def import_completions(experiment: Experiment, file: Path) -> Pregenerated:
     if not documents:
         raise DataError(f"{file}: none of {len(source.rows)} completions can be used; left out: {described(left_out)}")
     held_out(np.asarray([document.group for document in documents]))
-    store = CompletionStore(experiment.completions, _provenance(experiment, "file", "", source.fingerprint))
-    for shard, begin in enumerate(range(0, len(documents), settings.shard_size)):
-        store.add(shard, documents[begin : begin + settings.shard_size])
+    if experiment.completions.exists():
+        shutil.rmtree(experiment.completions)  # holds no shard, as was checked above
+    with appearing(experiment.completions) as directory:
+        store = CompletionStore(directory, _provenance(experiment, "file", "", source.fingerprint))
+        for shard, begin in enumerate(range(0, len(documents), settings.shard_size)):
+            store.add(shard, documents[begin : begin + settings.shard_size])
     experiment.record_run("pregenerate", source.fingerprint)
-    return Pregenerated(store, left_out)
+    return Pregenerated(CompletionStore(experiment.completions), left_out)
 
 
 def described(left_out: Counter[str]) -> str:
@@ -208,7 +213,7 @@ def _endpoint(
     assert settings.engine is not None
     engine = settings.engine
     store = CompletionStore(
-        experiment.completions, _provenance(experiment, f"{engine.url} {engine.model}", "", prompts_fingerprint)
+        experiment.completions, _provenance(experiment, f"endpoint {engine.model}", "", prompts_fingerprint)
     )
     ends = load_end_tokens(experiment.base_model, tokenizer)
     # A server refuses what may run past the model's context.

@@ -29,6 +29,12 @@ from ptp.training.trainer import PTPTrainer, check_trackers, evaluate_windows
 TRAINING_RESULT = "training.json"
 """In the adapter directory; written last."""
 
+SETTINGS = "settings.json"
+"""Beside the checkpoints: what they are made with."""
+
+MAY_CHANGE = ("max_steps", "num_epochs", "save_every", "report_to")
+"""Settings that a training may go on without."""
+
 TEXT_PROMPT_TOKENS = 64
 """Tokens of a plain text that are its prompt, where one is wanted, but for texts less than twice as long."""
 
@@ -96,6 +102,7 @@ def train(
     set_seed(settings.seed)
     model = new_model(experiment)
     model.rule = rule
+    keep_settings(experiment, data, model.base_fingerprint)
     experiment.record_run("train", data.fingerprint)
     trainer = PTPTrainer(model, settings, rule, data.training, experiment.checkpoints, callbacks)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(experiment.checkpoints))
@@ -116,6 +123,38 @@ def train(
     )
     write_atomically(experiment.adapter / TRAINING_RESULT, json.dumps(asdict(result), indent=2).encode() + b"\n")
     return result
+
+
+def keep_settings(experiment: Experiment, data: TrainingData, base_fingerprint: str) -> None:
+    """Keep beside the checkpoints what they are made with.
+
+    Raises `ConfigError` if there are checkpoints made with something else: training that went on from them would be
+    neither the one nor the other.
+    """
+    config = experiment.config.model_dump(mode="json")
+    settings: dict[str, Any] = {
+        f"{section}.{key}": value
+        for section in ("sampling", "model", "train")
+        for key, value in config[section].items()
+        if key not in MAY_CHANGE
+    }
+    settings |= {
+        "base model": base_fingerprint[:12],
+        "data": data.fingerprint[:12],
+        "number of training documents": len(data.training),
+    }
+    kept = experiment.checkpoints / SETTINGS
+    if kept.exists() and last_complete_checkpoint(experiment.checkpoints) is not None:
+        before = json.loads(kept.read_text(encoding="utf-8"))
+        changed = [
+            f"{key} ({before.get(key)}; now {value})" for key, value in settings.items() if before.get(key) != value
+        ]
+        if changed:
+            raise ConfigError(
+                f"the checkpoints in {experiment.checkpoints} were made with another {' and '.join(changed)}; restore "
+                "that to go on from them, or remove them to start over"
+            )
+    write_atomically(kept, json.dumps(settings, indent=2).encode() + b"\n")
 
 
 def new_model(experiment: Experiment) -> PTPModel:
