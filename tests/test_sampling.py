@@ -155,7 +155,7 @@ def test_intervals_of_sequences_are_those_of_each_token_after_the_logits_before_
     wanted = torch.rand(rows, length, generator=generator) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))
     wanted[:, 0] = False
     with mock.patch("ptp.sampling.INTERVAL_ROWS", data.draw(st.integers(1, 8))):
-        lower, upper = token_intervals(sequences, ids, wanted, rule)
+        lower, upper = token_intervals(sequences, lambda rows: rows, ids, wanted, rule)
     assert lower.dtype == upper.dtype == torch.float32
     for row, place in np.ndindex(rows, length):
         expected = interval(warp(sequences[row, place - 1], rule), ids[row, place]) if wanted[row, place] else (0, 0)
@@ -166,7 +166,7 @@ def test_intervals_of_long_sequences_are_computed_in_parts_that_bound_their_memo
     sequences, ids = torch.zeros(2, 40, 5), torch.zeros(2, 40, dtype=torch.int64)
     wanted = torch.arange(40).expand(2, -1) > 0
     with mock.patch("ptp.sampling.INTERVAL_ROWS", 10), mock.patch("ptp.sampling.warp", side_effect=warp) as warped:
-        lower, upper = token_intervals(sequences.bfloat16(), ids, wanted, SamplingRule())
+        lower, upper = token_intervals(sequences.bfloat16(), lambda rows: rows, ids, wanted, SamplingRule())
     assert sum(len(call.args[0]) for call in warped.call_args_list) == wanted.sum()
     assert all(len(call.args[0]) <= 10 for call in warped.call_args_list)
     # A fifth has no exact number in bfloat16.

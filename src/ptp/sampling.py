@@ -11,6 +11,7 @@ Shapes: `...` any leading dimensions, V vocabulary, K size of the sparse support
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -166,15 +167,17 @@ INTERVAL_ROWS = 1024
 """Rows of logits warped at a time, which bounds the memory of `token_intervals`."""
 
 
-def token_intervals(logits: Tensor, ids: Tensor, wanted: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
+def token_intervals(
+    states: Tensor, logits_of: Callable[[Tensor], Tensor], ids: Tensor, wanted: Tensor, rule: SamplingRule
+) -> tuple[Tensor, Tensor]:
     """Intervals of the tokens of whole sequences: that of token j under the distribution row j − 1 gives.
 
-    logits: (B, S, V); ids: (B, S); wanted: (B, S) bool, not at j = 0. Returns (lower, upper), (B, S) float32, zero
-    where not wanted.
+    states: (B, S, H), of which `logits_of` makes logits, (R, H) → (R, V), of some rows at a time. ids: (B, S); wanted:
+    (B, S) bool, not at j = 0. Returns (lower, upper), (B, S) float32, zero where not wanted.
     """
-    edges = logits.new_zeros(2, *ids.shape, dtype=torch.float32)
+    edges = states.new_zeros(2, *ids.shape, dtype=torch.float32)
     for row, place in zip(*(index.split(INTERVAL_ROWS) for index in torch.nonzero(wanted, as_tuple=True)), strict=True):
-        distribution = warp(logits[row, place - 1], rule)
+        distribution = warp(logits_of(states[row, place - 1]), rule)
         edges[:, row, place] = torch.stack(interval(distribution, ids[row, place]))
     return edges[0], edges[1]
 

@@ -130,7 +130,7 @@ def test_a_branch_that_came_true_is_the_training_window_behind_the_same_context(
     assert len(opened) > 3
     for logits, num_behind in opened:
         bonus = num_tokens - num_behind - 1
-        window = model(
+        output = model(
             ids=ids,
             document=torch.zeros_like(ids),
             positions=torch.arange(ids.shape[1]).unsqueeze(0),
@@ -139,7 +139,8 @@ def test_a_branch_that_came_true_is_the_training_window_behind_the_same_context(
             z=torch.zeros(1, 1, 8),
             lower=u,
             upper=u,
-        ).windows[0, : len(logits)]
+        )
+        window = model.logits(output.windows)[0, : len(logits)]
         torch.testing.assert_close(logits, window, rtol=1e-3, atol=1e-3)
 
 

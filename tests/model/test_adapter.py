@@ -68,7 +68,7 @@ def window_logits(model: PTPModel, tiny_llama: Callable) -> Tensor:
         batch_size=1,
     )
     stream = WindowStream(Documents.of(completions), sequence_length=24, num_windows=5, window=4, beta=1.0, seed=0)
-    return model(**collate([stream[0]])).windows
+    return model.logits(model(**collate([stream[0]])).windows)
 
 
 def one_line_error(directory: Path, base_model: LlamaForCausalLM | None = None) -> str:

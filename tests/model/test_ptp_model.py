@@ -72,7 +72,7 @@ def unknown(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def window_logits(model: PTPModel, batch: dict[str, Tensor]) -> Tensor:
     """(B, N, L, V)."""
-    return model(**batch).windows.unflatten(1, (-1, WINDOW))
+    return model.logits(model(**batch).windows).unflatten(1, (-1, WINDOW))
 
 
 def one_window_alone(model: PTPModel, batch: dict[str, Tensor], row: int, number: int) -> Tensor:
@@ -157,8 +157,7 @@ def test_a_window_depends_on_every_token_of_its_document_before_it_and_on_no_oth
 @torch.no_grad()
 def test_context_logits_are_the_base_model_s_own(make_model: Callable, tiny_llama: Callable) -> None:
     model, batch, base = make_model(), packed(), tiny_llama()
-    context = model(**batch, context_logits=True).context
-    assert model(**batch).context is None
+    context = model.logits(model(**batch).context)
     for row, lengths in enumerate(LENGTHS):
         begin = 0
         for length in lengths:
@@ -199,9 +198,9 @@ def test_an_untrained_anchored_window_behind_one_token_predicts_as_the_base_does
     model, batch = PTPModel(tiny_llama(), PTPConfig(variant="one_hot", anchor="first", window=WINDOW)), packed()
     for parameter in model.auxiliary.parameters():
         parameter.zero_()
-    output = model(**batch, context_logits=True)
-    first = output.windows.unflatten(1, (-1, WINDOW))[:, :, 0]
-    before = output.context.gather(1, (STARTS - 1).unsqueeze(-1).expand(-1, -1, 40))
+    output = model(**batch)
+    first = model.logits(output.windows).unflatten(1, (-1, WINDOW))[:, :, 0]
+    before = model.logits(output.context).gather(1, (STARTS - 1).unsqueeze(-1).expand(-1, -1, 40))
     # With one token of context, the window's first position repeats the only key there is.
     behind_one = batch["positions"].gather(1, STARTS) == 1
     assert behind_one.sum() == 3
@@ -223,7 +222,7 @@ def test_a_base_model_with_sliding_attention_is_served_right_or_refused(tiny_mis
     expected = tiny_mistral(sliding_window=4)(input_ids=batch["ids"]).logits
     with suppress(PTPError):
         model = PTPModel(tiny_mistral(sliding_window=4), PTPConfig(window=WINDOW))
-        torch.testing.assert_close(model(**batch, context_logits=True).context, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.logits(model(**batch).context), expected, rtol=1e-4, atol=1e-4)
 
 
 # --- Intervals and u --------------------------------------------------------------------------------------------------
@@ -346,8 +345,8 @@ def test_completions_have_the_same_u_whether_their_intervals_are_stored_or_compu
     assert torch.equal(stored.mass, batch["span"] >= 0)
     # A binary embedding shows the last bit of u; with the same bits everything is the same.
     bare = unknown(batch)
-    context = model(**bare, context_logits=True).context
-    lower, upper = token_intervals(context, batch["ids"], batch["span"] >= 0, RULE)
+    context = model(**bare).context
+    lower, upper = token_intervals(context, model.logits, batch["ids"], batch["span"] >= 0, RULE)
     given = model(**bare, lower=lower, upper=upper)
     assert torch.equal(given.u, computed.u)
     assert torch.equal(given.windows, computed.windows)

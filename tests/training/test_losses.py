@@ -1,11 +1,12 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from ptp.sampling import SamplingRule
-from ptp.training.losses import Targets, cross_entropy, divergence, window_targets
+from ptp.training.losses import Targets, window_loss, window_targets
 
 # Two documents and one padding position. The first ended by itself, 13 being its end token; the second was cut off.
 IDS = torch.tensor([[10, 11, 12, 13, 20, 21, 22, 0]])
@@ -105,13 +106,31 @@ def slow_divergence(
     return losses / total
 
 
+def loss_of(
+    logits: Tensor, targets: Targets, weights: Tensor, teacher_logits: Tensor | None = None, **settings: Any
+) -> Tensor:
+    """`window_loss` of states that are logits already."""
+    teacher_logits = torch.zeros(2, 9, logits.shape[-1]) if teacher_logits is None else teacher_logits
+    rule = settings.pop("rule", SamplingRule())
+    return window_loss(
+        logits,
+        teacher_logits,
+        targets,
+        weights,
+        rule,
+        summed=lambda rows, loss: loss(rows, slice(None)),
+        logits_of=lambda rows: rows,
+        **settings,
+    )
+
+
 def test_cross_entropy_is_the_weighted_mean_over_valid_targets() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, targets = torch.randn(2, 3, 4, 7, generator=generator), random_targets(generator, 7)
     for decay in (1.0, 0.8):
         weights = decay ** torch.arange(4.0)
         expected = slow_cross_entropy(logits, targets, weights)
-        assert float(cross_entropy(logits, targets, weights)) == pytest.approx(expected, rel=1e-5)
+        assert float(loss_of(logits, targets, weights)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_divergence_is_the_weighted_mean_of_kl_to_the_teacher_s_warped_distribution() -> None:
@@ -120,7 +139,9 @@ def test_divergence_is_the_weighted_mean_of_kl_to_the_teacher_s_warped_distribut
     teacher_logits = torch.randn(2, 9, 7, generator=generator)
     for decay in (1.0, 0.8):
         weights = decay ** torch.arange(4.0)
-        found = divergence(logits, teacher_logits, targets, SamplingRule(temperature=0.7, top_k=3), weights)
+        rule = SamplingRule(temperature=0.7, top_k=3)
+        both = loss_of(logits, targets, weights, teacher_logits, rule=rule, distillation=1.0)
+        found = both - loss_of(logits, targets, weights)
         expected = slow_divergence(logits, teacher_logits, targets, 0.7, 3, weights)
         assert float(found) == pytest.approx(expected, rel=1e-5)
 
@@ -129,7 +150,9 @@ def test_divergence_from_oneself_is_zero() -> None:
     generator = torch.Generator().manual_seed(2)
     teacher_logits, targets = torch.randn(2, 9, 7, generator=generator), random_targets(generator, 7)
     logits = teacher_logits[torch.arange(2)[:, None, None], targets.index - 1] / 0.7
-    found = divergence(logits, teacher_logits, targets, SamplingRule(temperature=0.7), torch.ones(4))
+    rule = SamplingRule(temperature=0.7)
+    both = loss_of(logits, targets, torch.ones(4), teacher_logits, rule=rule, distillation=1.0)
+    found = both - loss_of(logits, targets, torch.ones(4))
     assert float(found) == pytest.approx(0.0, abs=1e-6)
 
 
@@ -138,8 +161,7 @@ def test_a_batch_without_a_valid_target_has_loss_zero_and_no_gradient() -> None:
     logits = torch.randn(2, 3, 4, 7, generator=generator, requires_grad=True)
     targets = random_targets(generator, 7, valid_share=0.0)
     teacher_logits = torch.randn(2, 9, 7, generator=generator)
-    loss = cross_entropy(logits, targets, torch.ones(4))
-    loss = loss + divergence(logits, teacher_logits, targets, SamplingRule(), torch.ones(4))
+    loss = loss_of(logits, targets, torch.ones(4), teacher_logits, distillation=1.0)
     loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None and not logits.grad.any()

@@ -122,8 +122,8 @@ def test_the_loss_is_the_same_with_intervals_stored_or_computed(
     model, weights = new_model(directory, variant), torch.ones(4)
     stream = make_stream(without_intervals(completions), CONFIG, 4)
     batch = collate([stream[i] for i in range(4)])
-    context = model(**batch, context_logits=True).context
-    lower, upper = token_intervals(context, batch["ids"], batch["span"] >= 0, RULE)
+    context = model(**batch).context
+    lower, upper = token_intervals(context, model.logits, batch["ids"], batch["span"] >= 0, RULE)
     stored = training_loss(model, {**batch, "lower": lower, "upper": upper}, RULE, weights, 0.0)
     assert torch.equal(training_loss(model, batch, RULE, weights, 0.0), stored)
 

@@ -5,10 +5,10 @@ Shapes: B rows, S context tokens, N windows of L positions, H hidden size, V voc
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,23 +29,25 @@ from ptp.model.adapter import (
 )
 from ptp.model.auxiliary import make_auxiliary_embedding
 from ptp.model.gated_lora import Gate, add_gated_lora
+from ptp.model.head import project
 from ptp.model.loading import cast_parameters, load_base_model, load_config, to_dtype
 from ptp.model.masks import context_mask, window_mask
 from ptp.sampling import SamplingRule, inside, token_intervals
 
 
 @dataclass(frozen=True)
-class WindowLogits:
+class TrainingPass:
     """Result of a training pass.
 
-    windows: (B, N·L, V). u: (B, N, ≥ L), drawn in the intervals. mass: (B, S) bool, whether the rule gives a token any
-    probability. context: (B, S, V) of the base model, None if not asked for.
+    windows: (B, N·L, H), context: (B, S, H), hidden states of the windows and of the context they stand behind, which
+    `PTPModel.logits` makes logits of. u: (B, N, ≥ L), drawn in the intervals. mass: (B, S) bool, whether the rule gives
+    a token any probability.
     """
 
     windows: Tensor
+    context: Tensor
     u: Tensor
     mass: Tensor
-    context: Tensor | None
 
 
 class PTPModel(nn.Module):
@@ -179,16 +181,32 @@ class PTPModel(nn.Module):
         inputs: (B, T) token ids or (B, T, H) embeddings; positions: (B, T); mask: (B, 1, T, cached + T) bool.
         logits_to_keep: 0 for all, or as transformers means it. Returns logits (B, kept, V).
         """
-        named = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs}
-        with self.gate.opened(gate_start) if gate_start is not None else nullcontext():
-            return self.base_model(
-                **named,
-                position_ids=positions,
-                attention_mask=native_mask(self.base_model, mask),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=logits_to_keep,
-            ).logits
+        with self._gate(gate_start):
+            return self.base_model(**self._named(inputs, positions, mask, cache), logits_to_keep=logits_to_keep).logits
+
+    def read(
+        self, inputs: Tensor, positions: Tensor, mask: Tensor, cache: Cache, gate_start: int | None = None
+    ) -> Tensor:
+        """A call as `call` makes it, without the output head. Returns hidden states (B, T, H)."""
+        with self._gate(gate_start):
+            named = self._named(inputs, positions, mask, cache)
+            return self.base_model.get_decoder()(**named).last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (..., V) of hidden states (..., H)."""
+        return project(self.base_model, hidden)
+
+    def _gate(self, start: int | None) -> AbstractContextManager[None]:
+        return self.gate.opened(start) if start is not None else nullcontext()
+
+    def _named(self, inputs: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> dict[str, Any]:
+        return {
+            "inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs,
+            "position_ids": positions,
+            "attention_mask": native_mask(self.base_model, mask),
+            "past_key_values": cache,
+            "use_cache": True,
+        }
 
     def forward(
         self,
@@ -200,8 +218,7 @@ class PTPModel(nn.Module):
         z: Tensor,
         lower: Tensor | None = None,
         upper: Tensor | None = None,
-        context_logits: bool = False,
-    ) -> WindowLogits:
+    ) -> TrainingPass:
         """Context pass without gradient, then one gated pass over all windows (METHOD §3).
 
         The fields of a `ptp.data.packing.PackedBatch`: ids, document, positions, span, lower, upper (B, S); starts
@@ -209,15 +226,14 @@ class PTPModel(nn.Module):
         base model's own distributions under `self.rule`.
         """
         window, shape = self.ptp_config.window, z.shape
-        known = lower is not None and upper is not None
         cache = DynamicCache(config=self.base_model.config)
         with nullcontext() if self.learns_to_read else torch.no_grad():
-            keep = 0 if context_logits or not known else 1
-            context = self.call(ids, positions, context_mask(document), cache, logits_to_keep=keep)
+            context = self.read(ids, positions, context_mask(document), cache)
         if lower is None or upper is None:
             assert self.rule is not None, "intervals cannot be computed without a sampling rule"
             assert not self.learns_to_read, "a student's own distributions are not its teacher's"
-            lower, upper = token_intervals(context, ids, (span >= 0) & (positions > 0), self.rule)
+            with torch.no_grad():
+                lower, upper = token_intervals(context, self.logits, ids, (span >= 0) & (positions > 0), self.rule)
         targets = starts.unsqueeze(-1) + torch.arange(shape[-1], device=starts.device)
         place = targets.clamp(max=ids.shape[1] - 1).flatten(1)
         own = (targets < ids.shape[1]) & (span.gather(1, place).view(shape) == span.gather(1, starts).unsqueeze(-1))
@@ -231,8 +247,8 @@ class PTPModel(nn.Module):
         if (longest := context_length(self.base_model)) is not None:
             # A window may run past the end of a document as long as the context; nothing there is trained.
             window_positions = window_positions.clamp(max=longest - 1)
-        windows = self.call(inputs, window_positions, window_mask(document, starts, window), cache, gate_start=0)
-        return WindowLogits(windows, u, upper > lower, context if context_logits else None)
+        windows = self.read(inputs, window_positions, window_mask(document, starts, window), cache, gate_start=0)
+        return TrainingPass(windows, context, u, upper > lower)
 
 
 def end_token_ids(base_model: PreTrainedModel) -> list[int]:

@@ -5,12 +5,14 @@ Shapes: B sequences, S packed tokens, N windows of L positions, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ptp.model.head import RowLoss
 from ptp.sampling import SamplingRule, warp
 
 
@@ -47,24 +49,46 @@ def window_targets(ids: Tensor, span: Tensor, starts: Tensor, mass: Tensor, wind
     )
 
 
-def cross_entropy(logits: Tensor, targets: Targets, weights: Tensor) -> Tensor:
-    """Weighted mean of −log P(target) over valid positions. logits: (B, N, L, V); weights: (L,)."""
-    valid = targets.valid
-    weights = weights.expand(valid.shape)[valid]
-    losses = F.cross_entropy(logits[valid].float(), targets.token_ids[valid], reduction="none")
-    return (losses * weights).sum() / weights.sum().clamp(min=1e-9)
+LogitsOf = Callable[[Tensor], Tensor]
+"""Hidden states (..., H) → logits (..., V)."""
 
 
-def divergence(logits: Tensor, teacher_logits: Tensor, targets: Targets, rule: SamplingRule, weights: Tensor) -> Tensor:
-    """Weighted mean of KL(teacher ‖ window) at the rule's temperature over valid positions.
+def window_loss(
+    windows: Tensor,
+    context: Tensor,
+    targets: Targets,
+    weights: Tensor,
+    rule: SamplingRule,
+    *,
+    summed: Callable[[Tensor, RowLoss], Tensor],
+    logits_of: LogitsOf,
+    temperature: float = 1.0,
+    distillation: float = 0.0,
+) -> Tensor:
+    """Weighted mean over valid positions of −log P(target), plus `distillation` · KL(teacher ‖ window).
 
-    logits: (B, N, L, V); teacher_logits: (B, S, V), the base model's, whose row before a target predicts it.
+    windows: (B, N, L, H), context: (B, S, H), hidden states of windows and base model; weights: (L,). summed: sums a
+    loss over rows of hidden states, and `logits_of` makes logits of the context's, both a part at a time. Windows'
+    logits are divided by `temperature`; the teacher's distribution is the rule's, in the row before a target.
     """
     valid = targets.valid
+    tokens, share = targets.token_ids[valid], weights.expand(valid.shape)[valid]
+    share = share / share.sum().clamp(min=1e-9)
+    sequence = torch.arange(len(valid), device=valid.device)[:, None, None].expand(valid.shape)[valid]
     before = (targets.index - 1)[valid]
-    rows = torch.arange(len(valid), device=valid.device)[:, None, None].expand(valid.shape)[valid]
-    teacher = warp(teacher_logits[rows, before], rule).dense(logits.shape[-1])
-    student = F.log_softmax(logits[valid].float(), dim=-1)
-    losses = (torch.xlogy(teacher, teacher) - teacher * student).sum(-1)
-    weights = weights.expand(valid.shape)[valid]
-    return (losses * weights).sum() / weights.sum().clamp(min=1e-9)
+
+    def loss(logits: Tensor, part: slice) -> Tensor:
+        logits = logits.float() / temperature
+        losses = F.cross_entropy(logits, tokens[part], reduction="none")
+        if distillation > 0:
+            with torch.no_grad():
+                teacher = warp(logits_of(context[sequence[part], before[part]]), rule).dense(logits.shape[-1])
+            losses = losses + distillation * divergence(logits, teacher)
+        return (losses * share[part]).sum()
+
+    return summed(windows[valid], loss)
+
+
+def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student) of each row. logits: (R, V), the student's; teacher: (R, V) probabilities; returns (R,)."""
+    return (torch.xlogy(teacher, teacher) - teacher * F.log_softmax(logits, dim=-1)).sum(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,13 +13,14 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from ptp.config import TrainConfig
+from ptp.config import PTPConfig, TrainConfig
 from ptp.data.documents import Documents
 from ptp.data.packing import WindowStream, collate
 from ptp.errors import ConfigError
-from ptp.model.ptp_model import PTPModel
+from ptp.model.head import ROWS, summed_loss
+from ptp.model.ptp_model import PTPModel, TrainingPass
 from ptp.sampling import SamplingRule
-from ptp.training.losses import cross_entropy, divergence, window_targets
+from ptp.training.losses import Targets, window_loss, window_targets
 from ptp.training.metrics import WindowMetrics, predictions
 from ptp.training.optimizers import make_optimizer
 
@@ -92,19 +94,35 @@ def training_loss(
 
     batch: the fields of a `PackedBatch`; weights: (L,).
     """
-    output = model(**batch, context_logits=distillation > 0)
-    config = cast(PTPModel, getattr(model, "module", model)).ptp_config
-    targets = window_targets(batch["ids"], batch["span"], batch["starts"], output.mass, config.window, config.shift)
-    logits = scaled(output.windows.unflatten(1, (-1, config.window)), config.variant, rule)
-    loss = cross_entropy(logits, targets, weights)
-    if distillation > 0:
-        loss = loss + distillation * divergence(logits, output.context, targets, rule, weights)
-    return loss
+    output = model(**batch)
+    own = cast(PTPModel, getattr(model, "module", model))
+    targets = targets_of(output, batch, own.ptp_config)
+    return loss_of(own, output, targets, weights, rule, distillation)
 
 
-def scaled(logits: Tensor, variant: str, rule: SamplingRule) -> Tensor:
-    """Logits as the loss sees them: C-PTP's windows are warped by the rule when they are used, so are these."""
-    return logits / rule.temperature if variant == "categorical" and rule.temperature > 0 else logits
+def targets_of(output: TrainingPass, batch: dict[str, Tensor], config: PTPConfig) -> Targets:
+    """What the windows of a batch should predict."""
+    return window_targets(batch["ids"], batch["span"], batch["starts"], output.mass, config.window, config.shift)
+
+
+def loss_of(
+    model: PTPModel, output: TrainingPass, targets: Targets, weights: Tensor, rule: SamplingRule, distillation: float
+) -> Tensor:
+    """The loss of a training pass."""
+    config = model.ptp_config
+    # C-PTP's windows are warped by the rule when they are used; the loss sees them so.
+    warped = config.variant == "categorical" and rule.temperature > 0
+    return window_loss(
+        output.windows.unflatten(1, (-1, config.window)),
+        output.context,
+        targets,
+        weights,
+        rule,
+        summed=partial(summed_loss, model.base_model),
+        logits_of=model.logits,
+        temperature=rule.temperature if warped else 1.0,
+        distillation=distillation,
+    )
 
 
 @torch.no_grad()
@@ -123,10 +141,14 @@ def evaluate_windows(model: PTPModel, documents: Documents, config: TrainConfig,
         items = [stream[i] for i in range(begin, min(begin + config.batch_size, len(stream)))]
         batch = {name: tensor.to(model.device) for name, tensor in collate(items).items()}
         output = model(**batch)
-        logits = output.windows.unflatten(1, (-1, window))
-        targets = window_targets(batch["ids"], batch["span"], batch["starts"], output.mass, window, settings.shift)
-        loss = cross_entropy(scaled(logits, settings.variant, rule), targets, weights)
-        metrics.add(predictions(logits, output.u[..., 1:], settings, rule), targets, float(loss))
+        targets = targets_of(output, batch, settings)
+        loss = loss_of(model, output, targets, weights, rule, distillation=0.0)
+        states, u = output.windows.flatten(0, 1), output.u[..., 1:].flatten()
+        predicted = [
+            predictions(model.logits(rows), numbers, settings, rule)
+            for rows, numbers in zip(states.split(ROWS), u.split(ROWS), strict=True)
+        ]
+        metrics.add(torch.cat(predicted).view_as(targets.token_ids), targets, float(loss))
     model.train(was_training)
     return metrics
 

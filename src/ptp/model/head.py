@@ -1,0 +1,78 @@
+"""The output head by itself: hidden states of a causal language model → logits, a part at a time.
+
+A head of 150,000 tokens makes far more numbers of a position than the layers below it hold. Whoever needs only some
+rows of logits, or each row only for a moment, asks for them here, and the whole is never in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+ROWS = 512
+"""Rows of logits in memory at a time."""
+
+RowLoss = Callable[[Tensor, slice], Tensor]
+"""Loss, a sum, of some rows: their logits (R, V), and which they are."""
+
+
+def project(base_model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits (..., V) of hidden states (..., H), as the model's own forward makes them of what its layers give.
+
+    The model is run without its layers: caps and scales of logits differ from model to model, and are its own.
+    """
+
+    def layers(*args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows)
+
+    rows = hidden.reshape(1, -1, hidden.shape[-1])
+    with patch.object(base_model.get_decoder(), "forward", layers):
+        return base_model(inputs_embeds=rows, use_cache=False).logits.view(*hidden.shape[:-1], -1)
+
+
+def summed_loss(base_model: PreTrainedModel, hidden: Tensor, row_loss: RowLoss) -> Tensor:
+    """The sum of a loss over rows of hidden states (R, H), whose logits are made and forgotten `ROWS` at a time.
+
+    With a frozen head, gradients of the hidden states are computed on the way, so that no logits are made twice; with
+    one that learns, they are made again in the backward pass.
+    """
+    parts = [slice(begin, begin + ROWS) for begin in range(0, len(hidden), ROWS)]
+
+    def loss_of(rows: Tensor, part: slice) -> Tensor:
+        return row_loss(project(base_model, rows), part)
+
+    if not torch.is_grad_enabled() or not hidden.requires_grad:
+        return sum((loss_of(hidden[part], part) for part in parts), hidden.new_zeros((), dtype=torch.float32))
+    if any(parameter.requires_grad for parameter in base_model.get_output_embeddings().parameters()):
+        losses = [checkpoint(loss_of, hidden[part], part, use_reentrant=False) for part in parts]
+        return torch.stack(losses).sum() if losses else hidden.sum() * 0
+    return _EagerGradient.apply(hidden, loss_of, parts)
+
+
+class _EagerGradient(torch.autograd.Function):
+    """A sum of losses of parts, each differentiated while its logits are there."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, loss_of: RowLoss, parts: list[slice]) -> Tensor:
+        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.zeros_like(hidden)
+        for part in parts:
+            with torch.enable_grad():
+                rows = hidden[part].detach().requires_grad_()
+                loss = loss_of(rows, part)
+                (gradient[part],) = torch.autograd.grad(loss, rows)
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_outputs[0].to(gradient.dtype), None, None

@@ -1,0 +1,130 @@
+"""Logits made a part at a time: the model's own, the same loss and gradients, and never all of them at once."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from ptp.model import head
+from ptp.model.head import project, summed_loss
+
+VOCABULARY, HIDDEN, NUM_ROWS = 50, 32, 13
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+CONFIGS = [
+    LlamaConfig(**SHAPE),
+    LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=16, final_logit_softcapping=0.5),
+    GraniteConfig(**SHAPE, logits_scaling=4.0),
+    CohereConfig(**SHAPE, logit_scale=0.3),
+    GPT2Config(vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1),
+    GPTNeoXConfig(**SHAPE),
+]
+
+
+def made(config: PreTrainedConfig) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_logits_of_hidden_states_are_the_model_s_own(config: PreTrainedConfig) -> None:
+    model, ids = made(config), torch.arange(14).view(2, 7) + 3
+    with torch.no_grad():
+        hidden = model.get_decoder()(input_ids=ids).last_hidden_state
+        assert torch.equal(project(model, hidden), model(input_ids=ids).logits)
+        # The layers are where they were.
+        assert torch.equal(model.get_decoder()(input_ids=ids).last_hidden_state, hidden)
+
+
+def pieces(model: PreTrainedModel) -> tuple[Tensor, Callable[[Tensor, slice], Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(NUM_ROWS, HIDDEN, generator=generator, requires_grad=True)
+    tokens = torch.randint(VOCABULARY, (NUM_ROWS,), generator=generator)
+    weights = torch.rand(NUM_ROWS, generator=generator)
+
+    def loss(logits: Tensor, part: slice) -> Tensor:
+        return (F.cross_entropy(logits.float(), tokens[part], reduction="none") * weights[part]).sum()
+
+    return hidden, loss
+
+
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("rows", [1, 4, 13, 100])
+@pytest.mark.parametrize("config", CONFIGS[:3], ids=lambda config: config.model_type)
+def test_a_loss_summed_over_parts_has_the_value_and_gradients_of_the_whole(
+    monkeypatch: pytest.MonkeyPatch, config: PreTrainedConfig, rows: int, learns: bool
+) -> None:
+    monkeypatch.setattr(head, "ROWS", rows)
+    model = made(config).requires_grad_(learns)
+    hidden, loss = pieces(model)
+    weight = model.get_output_embeddings().weight
+    wanted = [hidden, *([weight] if learns else [])]
+    whole = loss(project(model, hidden), slice(None))
+    parts = summed_loss(model, hidden, loss)
+    assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
+    # Scaled, as a training scales it for accumulation.
+    expected = torch.autograd.grad(whole * 0.5, wanted)
+    for found, gradient in zip(torch.autograd.grad(parts * 0.5, wanted), expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        assert summed_loss(model, hidden, loss).item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_no_more_logits_than_one_part_s_are_kept_for_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch, learns: bool
+) -> None:
+    monkeypatch.setattr(head, "ROWS", 4)
+    model = made(CONFIGS[0]).requires_grad_(learns)
+    hidden, loss = pieces(model)
+    weight = model.get_output_embeddings().weight
+    kept: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        # The head itself, (H, V) where it is transposed, is no logits.
+        if tensor.shape[-1:] == (VOCABULARY,) and tensor.shape[-2:] not in (weight.shape, weight.T.shape):
+            kept.append(tensor.numel() // VOCABULARY)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss(project(model, hidden), slice(None))
+        assert sum(kept) >= NUM_ROWS  # what is looked for is found where the whole is kept
+        kept.clear()
+        total = summed_loss(model, hidden, loss)
+    if learns:
+        assert not kept
+    assert max(kept, default=0) <= 4
+    total.backward()
+    assert hidden.grad is not None
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_no_rows_have_loss_zero_and_gradient_zero(learns: bool) -> None:
+    model = made(CONFIGS[0]).requires_grad_(learns)
+    states = torch.randn(3, HIDDEN, requires_grad=True)
+    total = summed_loss(model, states[:0], lambda logits, part: logits.sum())
+    total.backward()
+    assert total.item() == 0
+    assert states.grad is not None and not states.grad.any()
