@@ -143,6 +143,21 @@ def test_draw_is_pick_and_the_interval_of_what_it_picked_to_the_bit(
         assert ((lower <= u) & (u < upper)).all()
 
 
+@given(logits_and_rule(), st.sampled_from(["tied", "few"]), st.data())
+def test_a_row_has_the_same_intervals_to_the_bit_beside_rows_whose_ties_reach_beyond_top_k(
+    case: tuple[Tensor, SamplingRule], kind: str, data: st.DataObject
+) -> None:
+    values, rule = case
+    other = torch.zeros(1, values.shape[1])
+    if kind == "few":
+        other[:, 1:] = -torch.inf
+    token = torch.tensor(data.draw(st.integers(0, values.shape[1] - 1)))
+    for row in values:
+        beside = warp(torch.cat([row[None], other]), rule)
+        first = [edge[0] for edge in interval(beside, token.expand(2))]
+        assert first == list(interval(warp(row, rule), token))
+
+
 @given(logits_and_rule(), st.data())
 def test_intervals_of_sequences_are_those_of_each_token_after_the_logits_before_it(
     case: tuple[Tensor, SamplingRule], data: st.DataObject

@@ -105,7 +105,8 @@ class Distribution:
 def warp(logits: Tensor, rule: SamplingRule) -> Distribution:
     """The distribution the rule samples from, for logits of shape (..., V).
 
-    Always in float32: cumulative sums in bfloat16 give 6 % of intervals no width. Ties are treated as
+    Always in float32: cumulative sums in bfloat16 give 6 % of intervals no width. A row's numbers are the same beside
+    any other rows, to the bit where sums run from left to right (CPU). Ties are treated as
     transformers treats them: all tokens tied at the top-k threshold stay; at the top-p threshold the smaller ids
     leave first (transformers leaves that to an unstable sort). Greedy ties go to the smallest id.
 
@@ -123,14 +124,14 @@ def warp(logits: Tensor, rule: SamplingRule) -> Distribution:
     if rule.top_p < 1:
         # transformers sums from the least likely end and keeps its order of ties; so does this.
         ascending, index = scores.sort(dim=-1, stable=True)
-        drop = ascending.softmax(-1).cumsum(-1) <= 1 - rule.top_p
+        weights = _weights(ascending)
+        drop = (weights / weights.cumsum(-1)[..., -1:]).cumsum(-1) <= 1 - rule.top_p
         drop[..., -1] = False
         scores = scores.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), -torch.inf)
-    probs = scores.softmax(-1)
-    probs, token_ids = _in_order(probs, token_ids, rule.order)
-    upper = probs.cumsum(-1)
+    weights, token_ids = _in_order(_weights(scores), token_ids, rule.order)
+    upper = weights.cumsum(-1)
     # Dividing by the total makes the last edge exactly 1, so every u < 1 falls into some interval.
-    return Distribution(token_ids, probs, upper / upper[..., -1:])
+    return Distribution(token_ids, weights / upper[..., -1:], upper / upper[..., -1:])
 
 
 def pick(distribution: Distribution, u: Tensor) -> Tensor:
@@ -150,8 +151,11 @@ def draw(distribution: Distribution, u: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def interval(distribution: Distribution, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """[lower, upper) of each token's slice of [0, 1), each (...) float32; lower == upper where it has no mass."""
-    matches = distribution.token_ids == tokens.unsqueeze(-1)
+    """[lower, upper) of each token's slice of [0, 1), each (...) float32.
+
+    lower == upper where a token's mass is too little for float32, and both are 0 where it has none.
+    """
+    matches = (distribution.token_ids == tokens.unsqueeze(-1)) & (distribution.probs > 0)
     upper = torch.where(matches, distribution.upper, 0).amax(-1)
     before = torch.cat([torch.zeros_like(distribution.upper[..., :1]), distribution.upper[..., :-1]], dim=-1)
     lower = torch.where(matches, before, 0).amax(-1)
@@ -231,6 +235,11 @@ def _entry(distribution: Distribution, u: Tensor) -> Tensor:
     return torch.searchsorted(distribution.upper, u.unsqueeze(-1).contiguous(), right=True)
 
 
+def _weights(scores: Tensor) -> Tensor:
+    """Softmax before its division. The sum is left to `cumsum`, in which the zeros that pad a row change nothing."""
+    return (scores - scores.amax(-1, keepdim=True)).exp()
+
+
 def _candidates(scores: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
     """Scores and ids of the tokens top-k leaves, padded with −inf, ids ascending so that ties sort as over V."""
     vocab_size = scores.shape[-1]
@@ -249,13 +258,13 @@ def _candidates(scores: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
     return best.masked_fill(best < threshold, -torch.inf), token_ids
 
 
-def _in_order(probs: Tensor, token_ids: Tensor, order: Order) -> tuple[Tensor, Tensor]:
+def _in_order(weights: Tensor, token_ids: Tensor, order: Order) -> tuple[Tensor, Tensor]:
     """Entries that stand by ascending token id, brought into the rule's order."""
     if order == "vocabulary":
-        return probs, token_ids
+        return weights, token_ids
     if order == "probability":
-        index = probs.argsort(dim=-1, descending=True, stable=True)
+        index = weights.argsort(dim=-1, descending=True, stable=True)
     else:
         rank = torch.tensor(order, device=token_ids.device).argsort()
         index = rank[token_ids].argsort(-1)
-    return probs.gather(-1, index), token_ids.gather(-1, index)
+    return weights.gather(-1, index), token_ids.gather(-1, index)
