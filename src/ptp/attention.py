@@ -1,10 +1,15 @@
-"""Handing transformers an attention mask of our own."""
+"""What a model can attend to: its context, and a mask of our own in the form it takes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Positions a model was made for; None if its config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def native_mask(model: PreTrainedModel, mask: Tensor | None) -> Tensor | None:

@@ -81,15 +81,6 @@ FILES: dict[str, tuple[str, ...]] = {
 }
 
 
-SECTIONS: dict[str, type[Record]] = {
-    "pregenerate": PregenerateConfig,
-    "model": PTPConfig,
-    "train": TrainConfig,
-    "data": DataConfig,
-    "sampling": SamplingRule,
-}
-
-
 @dataclass(frozen=True)
 class Experiment:
     """An experiment directory and its settings."""
@@ -193,8 +184,8 @@ def apply_override(settings: dict[str, Any], override: str) -> None:
             raise ConfigError(f"{section} must hold settings by name; got {target[section]!r}")
         target, record = target[section], inner
     if key not in record.model_fields:
-        for section, config in SECTIONS.items():
-            if not sections and key in config.model_fields:
+        for section in [] if sections else ExperimentConfig.model_fields:
+            if (inner := _record_in(ExperimentConfig, section)) is not None and key in inner.model_fields:
                 raise ConfigError(f"'{key}' belongs to a section; did you mean '{section}.{key}={text}'?")
         raise ConfigError(unknown_key(key, record.model_fields, record.__name__))
     target[key] = _value(text, record.model_fields[key].annotation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -33,6 +33,24 @@ def unknown_key(key: str, known: Iterable[str], where: str) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
     return f"unknown key {key!r} in {where}; {hint}"
+
+
+SHOWN_CHARACTERS, SHOWN_DIGITS = 80, 12
+"""Of a value, and of a hash, in a message."""
+
+
+def differences(before: Record | Mapping[str, object], now: Record | Mapping[str, object]) -> str:
+    """What differs, with both values, in the order of `now`; empty if nothing does."""
+    old, new = dict(before), dict(now)
+
+    def shown(name: str, value: object) -> str:
+        return str(value)[: SHOWN_DIGITS if "fingerprint" in name else SHOWN_CHARACTERS] or "none"
+
+    return " and ".join(
+        f"{name} ({shown(name, old.get(name))}; now {shown(name, value)})"
+        for name, value in new.items()
+        if old.get(name) != value
+    )
 
 
 def _describe(error: ValidationError, record: type[BaseModel]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
+from ptp.attention import context_length
 from ptp.config import StudentConfig
 
 LADDER = {
@@ -34,7 +35,7 @@ def build_student(student: StudentConfig, teacher: PreTrainedConfig, sequence_le
             intermediate_size=student.intermediate_size,
             num_hidden_layers=student.num_layers,
             num_attention_heads=student.num_heads,
-            max_position_embeddings=max(getattr(text, "max_position_embeddings", None) or 0, sequence_length),
+            max_position_embeddings=max(context_length(teacher) or 0, sequence_length),
             bos_token_id=text.bos_token_id,
             eos_token_id=text.eos_token_id,
             pad_token_id=text.pad_token_id,

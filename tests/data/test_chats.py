@@ -276,12 +276,8 @@ def of_roles(letters: str) -> list[dict[str, Any]]:
     ],
 )
 def test_a_prompt_ends_wherever_the_assistant_is_to_answer(messages: str, each: list[str]) -> None:
-    assert roles(chat_prompts(of_roles(messages), "each", drop_system=False)) == each
-    assert roles(chat_prompts(of_roles(messages), "first", drop_system=False)) == each[:1]
-
-
-def test_system_messages_can_be_dropped() -> None:
-    assert roles(chat_prompts(of_roles("suasua"), "each", drop_system=True)) == ["u", "uau"]
+    assert roles(chat_prompts(of_roles(messages), "each")) == each
+    assert roles(chat_prompts(of_roles(messages), "first")) == each[:1]
 
 
 # --- Rendering --------------------------------------------------------------------------------------------------------

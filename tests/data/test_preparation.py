@@ -116,6 +116,14 @@ def test_a_missing_column_is_named_with_those_there_are() -> None:
         assert message == "row 2 has no column 'text' for the prompt scheme; it has: prompt, x"
 
 
+def test_system_messages_are_dropped_before_it_is_decided_what_is_answered() -> None:
+    roles = {"s": "system", "u": "user", "a": "assistant"}
+    chat = [{"role": roles[letter], "content": f"{letter}{place}"} for place, letter in enumerate("suasua")]
+    prompts = texts_of(list(preparation("prompt-distill", drop_system=True).documents(chats(chat))))
+    said = [[message["content"] for message in chat if message["content"] in prompt] for prompt in prompts]
+    assert said == [["u1"], ["u1", "a2", "u4"]]
+
+
 def test_a_cell_without_a_value_is_empty_in_a_prompt_and_a_chat_without_one_is_counted() -> None:
     assert fill("{a}: {b}", {"a": "q", "b": None}, 1) == "q: "
     for mode in ("prompt-distill", "full-chat"):

@@ -10,18 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
+from trainings import CONFIG, RULE, Kill
 from transformers import (
     AutoModelForCausalLM,
     LlamaForCausalLM,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from typer.testing import CliRunner
 
 from ptp.cli.main import app
-from ptp.config import PTPConfig, StudentConfig, TrainConfig
+from ptp.config import PTPConfig, StudentConfig
 from ptp.data.documents import Documents
 from ptp.data.packing import collate
 from ptp.data.teacher import Prompt, sample_completions
@@ -32,25 +30,13 @@ from ptp.experiment import Experiment, ExperimentConfig
 from ptp.model.adapter import fingerprint, read_settings
 from ptp.model.ptp_model import PTPModel
 from ptp.model.student import StudentModel
-from ptp.sampling import SamplingRule
 from ptp.scaling import build_student
 from ptp.stages.pregenerate import import_completions, pregenerate
 from ptp.stages.train import last_complete_checkpoint, read_training_result, train
 from ptp.training import trainer
 from ptp.training.trainer import PTPTrainer, evaluate_windows, make_stream
 
-RULE = SamplingRule(temperature=0.7, top_k=20)
 SIZE = StudentConfig(hidden_size=32, num_layers=2, num_heads=2)
-CONFIG = TrainConfig(
-    max_steps=6,
-    batch_size=4,
-    sequence_length=64,
-    windows_per_sequence=16,
-    learning_rate=1e-2,
-    warmup_steps=2,
-    dtype="float32",
-    save_every=2,
-)
 
 
 @pytest.fixture(scope="module")
@@ -254,17 +240,6 @@ def test_a_student_is_not_decoded_with(new_student: Callable, teacher: LlamaForC
         with pytest.raises(AdapterError, match="a separate drafter, which the decoder does not run yet") as caught:
             attempt()
         assert "\n" not in str(caught.value)
-
-
-class Kill(TrainerCallback):
-    """Interrupts training after a step, before it can be saved."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

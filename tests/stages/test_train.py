@@ -3,13 +3,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trainings import Kill
+from transformers import TrainerCallback
 
 from ptp.config import DataConfig, Mode
 from ptp.data.documents import Documents
@@ -227,15 +228,6 @@ def test_overrides_are_part_of_the_record(sampled: Experiment) -> None:
 # Stopped and started again
 
 
-class Kill(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("step", [1, 3])
 def test_a_killed_training_goes_on_to_the_same_adapter(sampled: Experiment, finished: Experiment, step: int) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -362,6 +354,7 @@ from ptp.experiment import ExperimentConfig
 from ptp.sampling import SamplingRule
 from ptp.stages.distill import distill
 from ptp.stages.train import train, training_data
+from trainings import Kill
 
 
 def peak_megabytes():

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trainings import CONFIG, RULE, Kill
+from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-from ptp.config import PTPConfig, TrainConfig
+from ptp.config import PTPConfig
 from ptp.data.documents import Document, Documents
 from ptp.data.packing import collate
 from ptp.data.teacher import Prompt, sample_completions
@@ -22,18 +23,6 @@ from ptp.sampling import SamplingRule, probability, token_intervals, warp
 from ptp.stages.train import last_complete_checkpoint
 from ptp.training import trainer as module
 from ptp.training.trainer import PTPTrainer, check_trackers, evaluate_windows, make_stream, training_loss
-
-RULE = SamplingRule(temperature=0.7, top_k=20)
-CONFIG = TrainConfig(
-    max_steps=6,
-    batch_size=4,
-    sequence_length=64,
-    windows_per_sequence=16,
-    learning_rate=1e-2,
-    warmup_steps=2,
-    dtype="float32",
-    save_every=2,
-)
 
 
 @pytest.fixture(scope="module")
@@ -72,17 +61,6 @@ def trained(model: PTPModel) -> dict[str, Tensor]:
 
 def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-class Kill(TrainerCallback):
-    """Interrupts training after a step, before it can be saved."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 def trainer_of(

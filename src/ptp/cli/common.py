@@ -14,11 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as RichProgress
 
 from ptp.errors import PTPError
+from ptp.processes import rank
 from ptp.stages import Progress
 
 # Brackets in a path or in a template's message are no markup.
 console = Console(stderr=True, markup=False, highlight=False)
-
 
 SECONDS_PER_LINE = 10
 """Between lines of progress in a log."""
@@ -64,7 +64,7 @@ def progress_bar(prefix: str = "") -> Iterator[Progress]:
     Only the first of several processes draws; tokens reported along the way are shown as tokens per second. Where
     standard error is no terminal, there is a line every `SECONDS_PER_LINE` instead.
     """
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = rank() == 0
     bars = RichProgress(
         TextColumn("{task.description}"),
         BarColumn(),

@@ -76,8 +76,8 @@ def command(
         raise ConfigError("no terminal to ask on: give --mode, or --yes for what suits the data")
 
     from ptp.cli.questions import ask, ask_to_write, show
-    from ptp.experiment import Experiment, ExperimentConfig, apply_override, check_new
-    from ptp.stages.distill import Answers, distill, example, survey
+    from ptp.experiment import ExperimentConfig, apply_override, check_new
+    from ptp.stages.distill import Answers, Example, distill, survey
 
     template = str(chat_template.resolve()) if chat_template else None
     answers = Answers(
@@ -114,12 +114,13 @@ def command(
     experiment_config = ExperimentConfig(**values)
     name = f"{Path(model).name}_{Path(dataset).name.partition('.')[0]}_{experiment_config.data.mode}"
     directory = output_dir or Path("experiments") / name
-    experiment = Experiment(directory, experiment_config)
-    check_new(directory)
-    show(example(experiment))
-    if asking and not ask_to_write(directory):
-        raise typer.Exit(1)
-    distill(directory, experiment_config)
+
+    def approve(example: Example) -> None:
+        show(example)
+        if asking and not ask_to_write(directory):
+            raise typer.Exit(1)
+
+    distill(directory, experiment_config, approve)
     print(directory)
     note(f"next: {'ptp_pregenerate' if experiment_config.data.distils else 'ptp_train'} {directory}")
 

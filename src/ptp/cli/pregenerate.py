@@ -19,8 +19,9 @@ def command(
     ] = None,
 ) -> None:
     """Sample the base model's completions of the experiment's prompts; goes on where it was stopped."""
+    from ptp.data.preparation import described
     from ptp.experiment import Experiment
-    from ptp.stages.pregenerate import described, import_completions, pregenerate
+    from ptp.stages.pregenerate import import_completions, pregenerate
 
     experiment = Experiment.load(directory, overrides or [])
     with resumable(), progress_bar() as progress:

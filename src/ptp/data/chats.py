@@ -19,6 +19,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ptp.config import Turns
 from ptp.errors import ConfigError, DataError
 
 Message = dict[str, Any]
@@ -136,16 +137,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def chat_prompts(
-    messages: Sequence[Message], turns: Literal["each", "first"], drop_system: bool
-) -> list[list[Message]]:
+def chat_prompts(messages: Sequence[Message], turns: Turns) -> list[list[Message]]:
     """The beginnings of a chat that wait for an answer: before each assistant turn, and the whole chat if it does.
 
     A beginning waits for an answer if its last message, system messages aside, is a user's or a tool's.
     """
-    kept = [message for message in messages if not (drop_system and message["role"] == "system")]
-    ends = [place for place, message in enumerate(kept) if message["role"] == "assistant"] + [len(kept)]
-    prompts = [kept[:end] for end in ends if _asks(kept[:end])]
+    ends = [place for place, message in enumerate(messages) if message["role"] == "assistant"] + [len(messages)]
+    prompts = [list(messages[:end]) for end in ends if _asks(messages[:end])]
     return prompts[:1] if turns == "first" else prompts
 
 

@@ -100,6 +100,15 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
+def shard_paths(directory: Path) -> list[Path]:
+    """The shards of a directory, by number."""
+    return sorted(directory.glob("shard-*.safetensors"), key=shard_number)
+
+
+def shard_number(path: Path) -> int:
+    return int(path.stem.removeprefix("shard-"))
+
+
 class Shard:
     """Documents of one file or of memory: numbers, lengths and spans at hand, tokens and intervals where they lie.
 
@@ -197,8 +206,8 @@ class Documents(Sequence[Document]):
 
     @classmethod
     def load(cls, directory: Path) -> Documents:
-        """All shards of a directory, in the order of their names."""
-        return cls([Shard(path) for path in sorted(directory.glob("shard-*.safetensors"))])
+        """All shards of a directory, by number."""
+        return cls([Shard(path) for path in shard_paths(directory)])
 
     @classmethod
     def of(cls, documents: Sequence[Document]) -> Documents:

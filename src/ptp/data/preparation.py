@@ -70,7 +70,7 @@ class Preparation:
     def _chat_prompts(self, rows: Iterable[tuple[int, Row]]) -> Iterator[Document | None]:
         for number, row in rows:
             messages = self._messages(row, number)
-            prompts = chat_prompts(messages, self.data.turns, self.data.drop_system)
+            prompts = chat_prompts(messages, self.data.turns)
             if not prompts:
                 self.left_out["nothing to answer"] += 1
             for prompt in prompts:
@@ -97,8 +97,6 @@ class Preparation:
     def _chats(self, rows: Iterable[tuple[int, Row]]) -> Iterator[Document | None]:
         for number, row in rows:
             messages = self._messages(row, number)
-            if self.data.drop_system:
-                messages = [message for message in messages if message["role"] != "system"]
             try:
                 ids, spans = chat_document(self.tokenizer, messages, self.end_token_ids, tools=self._tools(row, number))
             except TemplateError as error:
@@ -145,9 +143,10 @@ class Preparation:
     def _messages(self, row: Row, number: int) -> list[dict[str, Any]]:
         cell = column(row, self.data.column, number)
         try:
-            return to_messages([] if cell is None else cell, self.data.roles)
+            messages = to_messages([] if cell is None else cell, self.data.roles)
         except DataError as error:
             raise DataError(f"row {number}: {error}") from None
+        return [message for message in messages if not (self.data.drop_system and message["role"] == "system")]
 
     def _tools(self, row: Row, number: int) -> Any:
         if self.data.tools is None:
@@ -175,6 +174,11 @@ def fill(scheme: str, row: Row, number: int) -> str:
         raise DataError(f"row {number} has no column {missing} for the prompt scheme; it has: {columns}") from None
     except (ValueError, IndexError, AttributeError, TypeError) as error:
         raise DataError(f"the prompt scheme {scheme!r} is not a format string over the columns: {error}") from None
+
+
+def described(left_out: Counter[str]) -> str:
+    """Reasons and counts in one line."""
+    return "; ".join(f"{count:,} {reason}" for reason, count in left_out.most_common()) or "none"
 
 
 def batches(texts: Iterable[str], num_characters: int) -> Iterator[list[str]]:

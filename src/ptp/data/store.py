@@ -13,14 +13,11 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ptp.data.documents import Document, Documents, save_shard, shard_name
+from ptp.data.documents import Document, Documents, save_shard, shard_name, shard_number, shard_paths
 from ptp.errors import DataError
 from ptp.files import write_atomically
-from ptp.records import Record
+from ptp.records import Record, differences
 from ptp.sampling import SamplingRule
-
-SHOWN_CHARACTERS, SHOWN_DIGITS = 80, 12
-"""Of a value, and of a hash, in a message."""
 
 
 class Provenance(Record):
@@ -50,20 +47,22 @@ class CompletionStore:
     def __init__(self, directory: Path, provenance: Provenance | None = None) -> None:
         self.directory = directory
         settings = directory / "store.json"
-        if not settings.exists() or (provenance is not None and not any(directory.glob("shard-*"))):
-            # A provenance that nothing was made with yet binds nobody.
-            if provenance is None:
-                raise DataError(f"{directory} holds no completions; make them with ptp_pregenerate")
+        if provenance is not None and not any(directory.glob("shard-*")):
+            # What nothing was made with yet binds nobody.
             content = provenance.model_dump_json(indent=2).encode() + b"\n"
             if not settings.exists() or settings.read_bytes() != content:
                 write_atomically(settings, content)
         try:
             self.provenance = Provenance(**json.loads(settings.read_text()))
+        except FileNotFoundError:
+            if any(directory.glob("shard-*")):
+                raise DataError(f"{settings} is missing, so nobody knows what made the completions beside it") from None
+            raise DataError(f"{directory} holds no completions; make them with ptp_pregenerate") from None
         except (ValueError, TypeError) as error:
             raise DataError(f"{settings} is corrupt: {error}") from None
         if provenance is not None and provenance != self.provenance:
             raise DataError(
-                f"{directory} holds completions made with another {_differences(self.provenance, provenance)}; "
+                f"{directory} holds completions made with another {differences(self.provenance, provenance)}; "
                 "restore the settings, or pregenerate into a new experiment directory"
             )
 
@@ -73,6 +72,10 @@ class CompletionStore:
         if not kept.exists():
             write_atomically(kept, f"{find()}\n".encode())
         return int(kept.read_text())
+
+    def shard_numbers(self) -> list[int]:
+        """Numbers of the shards that are stored, by any process."""
+        return [shard_number(path) for path in shard_paths(self.directory)]
 
     def holds(self, shard: int) -> bool:
         """Whether a shard is stored."""
@@ -90,14 +93,3 @@ class CompletionStore:
     def load(self) -> Documents:
         """All completions, in order of sequence number."""
         return Documents.load(self.directory)
-
-
-def _differences(stored: Provenance, wanted: Provenance) -> str:
-    """The fields that differ, with what is stored and what is wanted now."""
-
-    def shown(name: str, value: object) -> str:
-        return str(value)[: SHOWN_DIGITS if name.endswith("fingerprint") else SHOWN_CHARACTERS] or "none"
-
-    pairs = ((name, getattr(stored, name), getattr(wanted, name)) for name in Provenance.model_fields)
-    differing = ((name, shown(name, old), shown(name, new)) for name, old, new in pairs if old != new)
-    return " and ".join(f"{name} ({old}; now {new})" for name, old, new in differing)

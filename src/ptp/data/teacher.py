@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptp.attention import native_mask
+from ptp.attention import context_length, native_mask
 from ptp.cache import RollbackCache, SlotCache
 from ptp.data.documents import Document
 from ptp.errors import ConfigError
@@ -72,8 +72,7 @@ def sample_completions(
     `max_length` tokens or fill the model's context. Equal calls give equal bits; another `batch_size` only rounds the
     logits differently. `progress` is told after each step how many completions are done and how many tokens it gave.
     """
-    context = getattr(base_model.config.get_text_config(), "max_position_embeddings", None) or max_length
-    longest = min(max_length, context)
+    longest = min(max_length, context_length(base_model.config) or max_length)
 
     def end(prompt: Prompt) -> int:
         return min(longest, len(prompt.ids) + (max_new_tokens or longest))

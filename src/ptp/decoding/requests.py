@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptp.attention import context_length
 from ptp.errors import DecodingError
-from ptp.model.ptp_model import context_length
 from ptp.model.ptp_model import end_token_ids as model_end_token_ids
 from ptp.sampling import uniform
 
@@ -53,7 +53,7 @@ def make_request(
     """
     ids = torch.as_tensor(prompt_ids).tolist()
     vocab_size = cast(nn.Embedding, base_model.get_input_embeddings()).weight.shape[0]
-    context = context_length(base_model)
+    context = context_length(base_model.config)
     if not ids or not isinstance(ids[0], int):
         raise DecodingError(f"the prompt must be a sequence of at least one token id; got shape {_shape(prompt_ids)}")
     if not 0 <= min(ids) <= max(ids) < vocab_size:

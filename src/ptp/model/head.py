@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -32,9 +31,12 @@ def project(base_model: PreTrainedModel, hidden: Tensor) -> Tensor:
     def layers(*args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows)
 
-    rows = hidden.reshape(1, -1, hidden.shape[-1])
-    with patch.object(base_model.get_decoder(), "forward", layers):
+    rows, decoder = hidden.reshape(1, -1, hidden.shape[-1]), base_model.get_decoder()
+    decoder.forward = layers  # on the object, in front of the class's own
+    try:
         return base_model(inputs_embeds=rows, use_cache=False).logits.view(*hidden.shape[:-1], -1)
+    finally:
+        del decoder.forward
 
 
 def summed_loss(base_model: PreTrainedModel, hidden: Tensor, row_loss: RowLoss) -> Tensor:

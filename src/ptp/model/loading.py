@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,20 +18,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ptp.attention import context_length
 from ptp.errors import ConfigError
+from ptp.processes import local_rank
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def load_base_model(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
     """Any causal LM by hub id or local path, on the GPU if there is one. dtype: see `to_dtype`."""
-    _check_path(name, "base model")
-    try:
+    with _loading("base model", name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"cannot load the base model '{name}': {_first_line(error)}") from error
     # Of several processes on a machine, each has its own GPU.
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
     return to_dtype(model, dtype).to(device)  # type: ignore[arg-type] # transformers' wrapped `to` loses its self
 
 
@@ -55,20 +55,14 @@ def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a base model."""
-    _check_path(name, "tokenizer")
-    try:
+    with _loading("tokenizer of", name):
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"cannot load the tokenizer of '{name}': {_first_line(error)}") from error
 
 
 def load_config(name: str) -> PreTrainedConfig:
     """The configuration of a base model, without its weights."""
-    _check_path(name, "base model")
-    try:
+    with _loading("base model", name):
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"cannot load the base model '{name}': {_first_line(error)}") from error
 
 
 def load_end_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -83,14 +77,16 @@ def load_end_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def load_context_length(name: str) -> int | None:
     """Positions a base model was made for, without loading it; None if its config does not say."""
-    return getattr(load_config(name).get_text_config(), "max_position_embeddings", None)
+    return context_length(load_config(name))
 
 
-def _check_path(name: str, what: str) -> None:
-    """A path that does not exist is no hub id either; transformers' own message would speak of those."""
+@contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """Errors of transformers as one line. A path that does not exist is no hub id, of which its message would speak."""
     if name.startswith(("/", ".", "~")) and not Path(name).exists():
-        raise ConfigError(f"cannot load the {what} of '{name}': there is no such directory")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"cannot load the {what} '{name}': there is no such directory")
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"cannot load the {what} '{name}': {reason}") from error

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from ptp.attention import native_mask
+from ptp.attention import context_length, native_mask
 from ptp.config import PTPConfig
 from ptp.errors import AdapterError, ConfigError
 from ptp.model.adapter import (
@@ -244,7 +244,7 @@ class PTPModel(nn.Module):
         anchor = ids.gather(1, starts - 1).unsqueeze(-1).expand(-1, -1, window)
         inputs = self.add_anchor(self.embed_u(u[..., :window]), anchor, (offsets == 0).expand_as(anchor)).flatten(1, 2)
         window_positions = (positions.gather(1, starts).unsqueeze(-1) + offsets + self.ptp_config.shift).flatten(1)
-        if (longest := context_length(self.base_model)) is not None:
+        if (longest := context_length(self.base_model.config)) is not None:
             # A window may run past the end of a document as long as the context; nothing there is trained.
             window_positions = window_positions.clamp(max=longest - 1)
         windows = self.read(inputs, window_positions, window_mask(document, starts, window), cache, gate_start=0)
@@ -255,11 +255,6 @@ def end_token_ids(base_model: PreTrainedModel) -> list[int]:
     """The end tokens of the model's generation config; many chat models have several."""
     eos = base_model.generation_config.eos_token_id
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-
-
-def context_length(base_model: PreTrainedModel) -> int | None:
-    """Positions the model was made for; None if its config does not say."""
-    return getattr(base_model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_decodable(config: PTPConfig) -> None:
@@ -276,7 +271,7 @@ def check_attention(name_or_config: str | PreTrainedConfig) -> None:
     config = load_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
     text = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    window, context = getattr(text, "sliding_window", None), getattr(text, "max_position_embeddings", None)
+    window, context = getattr(text, "sliding_window", None), context_length(config)
     slides = window is not None and getattr(text, "use_sliding_window", True) and (context or window + 1) > window
     if kinds or (slides and getattr(text, "layer_types", None) is None):
         kind = ", ".join(sorted(kinds)) or f"a sliding window of {window}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,13 @@ from typing import Any
 from ptp.config import Mode, Tracker, Turns
 from ptp.data.columns import FIRST_MESSAGE, Shape, default_mode, default_scheme, recognise
 from ptp.data.documents import Document
-from ptp.data.preparation import Preparation
+from ptp.data.preparation import Preparation, described
 from ptp.data.sources import load_source
 from ptp.errors import ConfigError, DataError
 from ptp.experiment import Experiment, ExperimentConfig, check_new
 from ptp.files import write_atomically
 from ptp.model.loading import load_context_length, load_tokenizer
 from ptp.model.ptp_model import check_attention
-from ptp.stages.pregenerate import described
 from ptp.stages.prepare import open_preparation, open_source
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -54,23 +53,17 @@ class Survey:
         return mode
 
     def columns(self, mode: Mode) -> tuple[str, ...]:
-        """The columns a mode can read, the best first. Raises `DataError` if there is none."""
-        is_chat = self.shape.kind in FIRST_MESSAGE
-        found = ((self.shape.column,) if is_chat else ()) if mode in CHAT_MODES else self.shape.columns
+        """The columns a mode can read, the best first; there may be none."""
+        if mode in CHAT_MODES:
+            return (self.shape.column,) if self.shape.column and self.shape.kind in FIRST_MESSAGE else ()
         # The first of a list of texts may be a prompt ("turns[0]"), but is no column.
-        if not (columns := tuple(name for name in found if name and not name.endswith("]"))):
-            held = "chats" if mode in CHAT_MODES else "text"
-            raise DataError(f"no column holds {held}, which {mode} needs; name one with --column")
-        return columns
+        return tuple(name for name in self.shape.columns if not name.endswith("]"))
 
     def suits(self, mode: Mode) -> bool:
         """Whether the data and the tokenizer have what a mode needs."""
-        try:
-            return mode == "prompt-scheme-distill" or bool(
-                self.columns(mode) and self.has_template >= (mode in CHAT_MODES)
-            )
-        except DataError:
+        if mode in CHAT_MODES and not self.has_template:
             return False
+        return mode == "prompt-scheme-distill" or bool(self.columns(mode))
 
     @property
     def max_length(self) -> int:
@@ -134,8 +127,11 @@ class Answers:
             scheme = self.scheme(found)
             user_turn = found.has_template if self.user_turn is None else self.user_turn
             data["prompt_scheme"] = [{"role": "user", "content": scheme}] if user_turn else scheme
+        elif columns := (self.column,) if self.column else found.columns(mode):
+            data["column"] = columns[0]
         else:
-            data["column"] = self.column or found.columns(mode)[0]
+            held = "chats" if mode in CHAT_MODES else "text"
+            raise DataError(f"no column holds {held}, which {mode} needs; name one with --column")
         if mode in CHAT_MODES:
             data |= {"turns": self.turns, "drop_system": self.drop_system, "tools": found.shape.tools}
         max_length = self.max_length or found.max_length
@@ -164,15 +160,18 @@ class Example:
     is_prompt: bool
 
 
-def distill(directory: Path, config: ExperimentConfig) -> Experiment:
+def distill(
+    directory: Path, config: ExperimentConfig, show: Callable[[Example], None] = lambda example: None
+) -> Experiment:
     """Set up an experiment directory, after checking that its model and data can be used; a template is copied in.
 
+    show: gets the first example before anything is written; an exception of it leaves nothing behind.
     Raises `ConfigError` if there is an experiment already, or another file in its place, or the model cannot be made
     parallel; `DataError` if no row gives a document.
     """
     experiment = Experiment(directory, config)
     check_new(directory)
-    example(experiment)
+    show(example(experiment))
     contents: dict[str, bytes] = {}
     if config.data.chat_template is not None:
         contents[TEMPLATE_FILE] = Path(experiment.resolve(config.data.chat_template)).read_bytes()

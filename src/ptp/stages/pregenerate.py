@@ -8,7 +8,6 @@ another order. Of R processes (torchrun, accelerate launch), process r takes eve
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 
 from ptp.data.documents import Document, content_group
 from ptp.data.endpoint import Request, complete, retokenize
+from ptp.data.preparation import described
 from ptp.data.sources import load_source
 from ptp.data.split import held_out
 from ptp.data.store import CompletionStore, Provenance
@@ -29,6 +29,7 @@ from ptp.files import appearing
 from ptp.model.adapter import fingerprint
 from ptp.model.loading import load_base_model, load_context_length, load_end_tokens
 from ptp.model.ptp_model import check_attention, end_token_ids
+from ptp.processes import rank, world_size
 from ptp.stages import Progress, unheard
 from ptp.stages.prepare import Prepared, open_tokenizer, prepare
 
@@ -70,23 +71,23 @@ def pregenerate(
 
     num_prompts, size = len(prepared.documents), max(1, settings.shard_size // settings.completions_per_prompt)
     groups = [range(begin, min(begin + size, num_prompts)) for begin in range(0, num_prompts, size)]
-    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
-
     per_prompt = settings.completions_per_prompt
+    total = per_prompt * num_prompts
 
     def num_stored() -> int:
-        return per_prompt * sum(len(group) for number, group in enumerate(groups) if store.holds(number))
+        # Shards of other processes count too.
+        return per_prompt * sum(len(groups[number]) for number in store.shard_numbers() if number < len(groups))
 
     def report(num_done: int, num_tokens: int) -> None:
-        progress(COMPLETIONS, stored + num_done, per_prompt * num_prompts, num_tokens)
+        progress(COMPLETIONS, stored + num_done, total, num_tokens)
 
     stored = num_stored()
     announce(
-        f"{num_prompts:,} prompts, {per_prompt} completions of each; {stored:,} of {per_prompt * num_prompts:,} "
-        f"stored; left out: {described(left_out)}"
+        f"{num_prompts:,} prompts, {per_prompt} completions of each; {stored:,} of {total:,} stored; "
+        f"left out: {described(left_out)}"
     )
     report(0, 0)
-    for number in range(rank, len(groups), world_size):
+    for number in range(rank(), len(groups), world_size()):
         if not store.holds(number):
             prompts = [_prompt(experiment, prepared.documents[place]) for place in groups[number]]
             store.add(number, sample(number, prompts, report))
@@ -146,13 +147,13 @@ def import_completions(experiment: Experiment, file: Path) -> Pregenerated:
         if not prompt_ids or not completed:
             left_out["empty, or a text that no tokens give back exactly"] += 1
             continue
-        ids = [*prompt_ids, *completed, *end]
-        if len(ids) > settings.max_length:
+        document = _completed(
+            Prompt(prompt_ids, [number - 1], content_group(prompt)), number - 1, [*completed, *end], True
+        )
+        if len(document) > settings.max_length:
             left_out[f"longer than {settings.max_length} tokens"] += 1
             continue
-        spans = ((len(prompt_ids), len(ids)),)
-        group = content_group(prompt)
-        documents.append(Document(np.asarray(ids, np.int32), spans, group=group, number=number - 1, finished=True))
+        documents.append(document)
     if not documents:
         raise DataError(f"{file}: none of {len(source.rows)} completions can be used; left out: {described(left_out)}")
     held_out(np.asarray([document.group for document in documents]))
@@ -164,11 +165,6 @@ def import_completions(experiment: Experiment, file: Path) -> Pregenerated:
             store.add(shard, documents[begin : begin + settings.shard_size])
     experiment.record_run("pregenerate", source.fingerprint)
     return Pregenerated(CompletionStore(experiment.completions), left_out)
-
-
-def described(left_out: Counter[str]) -> str:
-    """Reasons and counts in one line."""
-    return "; ".join(f"{count:,} {reason}" for reason, count in left_out.most_common()) or "none"
 
 
 def _base_model(
@@ -236,15 +232,18 @@ def _endpoint(
             engine, requests, rule, tokenizer, ends, store.journal(shard), lambda done, total: report(done, 0)
         )
         left_out.update(outcome.left_out)
-        documents = []
-        for answer in outcome.answers:
-            prompt = by_number[answer.number]
-            ids = np.concatenate([prompt.ids, np.asarray(answer.ids, np.int32)])
-            spans = ((len(prompt.ids), len(ids)),)
-            documents.append(Document(ids, spans, group=prompt.group, number=answer.number, finished=answer.finished))
-        return documents
+        return [
+            _completed(by_number[answer.number], answer.number, answer.ids, answer.finished)
+            for answer in outcome.answers
+        ]
 
     return store, sample
+
+
+def _completed(prompt: Prompt, number: int, ids: Sequence[int], finished: bool) -> Document:
+    """A prompt with a completion whose intervals are not known."""
+    whole = np.concatenate([prompt.ids, ids]).astype(np.int32)
+    return Document(whole, ((len(prompt.ids), len(whole)),), group=prompt.group, number=number, finished=finished)
 
 
 def _prompt(experiment: Experiment, document: Document) -> Prompt:

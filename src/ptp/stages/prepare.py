@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ptp.data.documents import Documents, write_documents
-from ptp.data.preparation import Preparation
+from ptp.data.preparation import Preparation, described
 from ptp.data.sources import Source, load_source
 from ptp.errors import ConfigError, DataError
 from ptp.experiment import Experiment
@@ -62,9 +62,8 @@ def open_preparation(experiment: Experiment) -> Preparation:
     """How the experiment's rows become documents."""
     config, tokenizer = experiment.config, open_tokenizer(experiment)
     # A packed sequence may be longer than the model's context, a document may not.
-    longest = min(
-        config.train.sequence_length, load_context_length(experiment.base_model) or config.train.sequence_length
-    )
+    size = config.train.sequence_length
+    longest = min(size, load_context_length(experiment.base_model) or size)
     return Preparation(
         data=config.data,
         tokenizer=tokenizer,
@@ -91,8 +90,9 @@ def prepare(experiment: Experiment, progress: Progress = unheard) -> Prepared:
         # Whole, for the rest would pass for the data.
         raise DataError(f"the cache {directory} is damaged; remove it and run the command again") from error
     if not len(documents):
-        reasons = "; ".join(f"{count} {reason}" for reason, count in left_out.most_common())
-        raise DataError(f"no row of {source.name} gives anything to use ({len(source.rows)} rows: {reasons})")
+        raise DataError(
+            f"no row of {source.name} gives anything to use ({len(source.rows)} rows: {described(left_out)})"
+        )
     return Prepared(documents, left_out, fingerprint)
 
 

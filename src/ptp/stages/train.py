@@ -21,6 +21,7 @@ from ptp.model.adapter import fingerprint
 from ptp.model.loading import load_base_model, to_dtype
 from ptp.model.ptp_model import PTPModel
 from ptp.model.student import StudentModel
+from ptp.records import differences
 from ptp.scaling import build_student
 from ptp.stages import Progress, unheard
 from ptp.stages.prepare import prepare
@@ -139,21 +140,17 @@ def keep_settings(experiment: Experiment, data: TrainingData, base_fingerprint: 
         if key not in MAY_CHANGE
     }
     settings |= {
-        "base model": base_fingerprint[:12],
-        "data": data.fingerprint[:12],
+        "base model's fingerprint": base_fingerprint,
+        "data's fingerprint": data.fingerprint,
         "number of training documents": len(data.training),
     }
     kept = experiment.checkpoints / SETTINGS
-    if kept.exists() and last_complete_checkpoint(experiment.checkpoints) is not None:
-        before = json.loads(kept.read_text(encoding="utf-8"))
-        changed = [
-            f"{key} ({before.get(key)}; now {value})" for key, value in settings.items() if before.get(key) != value
-        ]
-        if changed:
-            raise ConfigError(
-                f"the checkpoints in {experiment.checkpoints} were made with another {' and '.join(changed)}; restore "
-                "that to go on from them, or remove them to start over"
-            )
+    resumes = kept.exists() and last_complete_checkpoint(experiment.checkpoints) is not None
+    if resumes and (changed := differences(json.loads(kept.read_text(encoding="utf-8")), settings)):
+        raise ConfigError(
+            f"the checkpoints in {experiment.checkpoints} were made with another {changed}; restore that to go on "
+            "from them, or remove them to start over"
+        )
     write_atomically(kept, json.dumps(settings, indent=2).encode() + b"\n")
 
 

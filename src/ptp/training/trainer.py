@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from ptp.data.packing import WindowStream, collate
 from ptp.errors import ConfigError
 from ptp.model.head import ROWS, summed_loss
 from ptp.model.ptp_model import PTPModel, TrainingPass
+from ptp.processes import world_size
 from ptp.sampling import SamplingRule
 from ptp.training.losses import Targets, window_loss, window_targets
 from ptp.training.metrics import WindowMetrics, predictions
@@ -46,7 +46,7 @@ class PTPTrainer(Trainer):
         self.rule = rule
         window = model.ptp_config.window
         stream = make_stream(documents, config, window)
-        num_processes = int(os.environ.get("WORLD_SIZE", 1))
+        num_processes = world_size()
         num_steps = config.num_steps(len(stream.sequences), num_processes)
         is_student = model.ptp_config.student is not None
         stream.length = num_steps * config.batch_size * config.gradient_accumulation_steps * num_processes
