@@ -225,7 +225,6 @@ class PTPModel(nn.Module):
         (B, N); z (B, N, ≥ L), of which the first L are inputs. Where intervals are not given, they are those of the
         base model's own distributions under `self.rule`.
         """
-        window, shape = self.ptp_config.window, z.shape
         cache = DynamicCache(config=self.base_model.config)
         with nullcontext() if self.learns_to_read else torch.no_grad():
             context = self.read(ids, positions, context_mask(document), cache)
@@ -234,21 +233,32 @@ class PTPModel(nn.Module):
             assert not self.learns_to_read, "a student's own distributions are not its teacher's"
             with torch.no_grad():
                 lower, upper = token_intervals(context, self.logits, ids, (span >= 0) & (positions > 0), self.rule)
-        targets = starts.unsqueeze(-1) + torch.arange(shape[-1], device=starts.device)
-        place = targets.clamp(max=ids.shape[1] - 1).flatten(1)
-        own = (targets < ids.shape[1]) & (span.gather(1, place).view(shape) == span.gather(1, starts).unsqueeze(-1))
-        low, high = (edge.gather(1, place).view(shape) * own for edge in (lower, upper))
-        u = inside(low, high, z)
+        u = inside(*self._of_windows(lower, upper, span, starts, z.shape[-1]), z)
+        windows = self._read_windows(u[..., : self.ptp_config.window], ids, document, positions, starts, cache)
+        return TrainingPass(windows, context, u, upper > lower)
 
+    @staticmethod
+    def _of_windows(lower: Tensor, upper: Tensor, span: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The intervals (B, N, length) of each window's tokens from its start on; empty where its span is over."""
+        index = starts.unsqueeze(-1) + torch.arange(length, device=starts.device)
+        place = index.clamp(max=span.shape[1] - 1).flatten(1)
+        own = span.gather(1, place).view_as(index) == span.gather(1, starts).unsqueeze(-1)
+        own = own & (index < span.shape[1])
+        return lower.gather(1, place).view_as(index) * own, upper.gather(1, place).view_as(index) * own
+
+    def _read_windows(
+        self, u: Tensor, ids: Tensor, document: Tensor, positions: Tensor, starts: Tensor, cache: Cache
+    ) -> Tensor:
+        """The gated pass over windows of u (B, N, L), on top of the context's cache. Returns (B, N·L, H)."""
+        window = u.shape[-1]
         offsets = torch.arange(window, device=starts.device)
         anchor = ids.gather(1, starts - 1).unsqueeze(-1).expand(-1, -1, window)
-        inputs = self.add_anchor(self.embed_u(u[..., :window]), anchor, (offsets == 0).expand_as(anchor)).flatten(1, 2)
+        inputs = self.add_anchor(self.embed_u(u), anchor, (offsets == 0).expand_as(anchor)).flatten(1, 2)
         window_positions = (positions.gather(1, starts).unsqueeze(-1) + offsets + self.ptp_config.shift).flatten(1)
         if (longest := context_length(self.base_model.config)) is not None:
             # A window may run past the end of a document as long as the context; nothing there is trained.
             window_positions = window_positions.clamp(max=longest - 1)
-        windows = self.read(inputs, window_positions, window_mask(document, starts, window), cache, gate_start=0)
-        return TrainingPass(windows, context, u, upper > lower)
+        return self.read(inputs, window_positions, window_mask(document, starts, window), cache, gate_start=0)
 
 
 def end_token_ids(base_model: PreTrainedModel) -> list[int]:
