@@ -195,8 +195,10 @@ class TrainConfig(Record):
     and process, gradient_accumulation_steps times. sequence_length: tokens of one. windows_per_sequence: N. dtype: of
     the base model's weights; a student's are float32, and computed with in dtype. beta: concentration of u's place in
     its interval (METHOD §3). distillation: weight of the KL to the teacher beside the cross-entropy's 1 (categorical
-    only). position_decay: γ, weight γ^k of window index k. save_every: steps between checkpoints. report_to: trackers,
-    as transformers names them.
+    only). position_decay: γ, weight γ^k of window index k. save_every: steps between checkpoints, each evaluated on
+    held-out windows. report_to: trackers,
+    as transformers names them. save_minutes: minutes between further checkpoints. log_every: steps between rows of
+    metrics. budget: positions of a decoding call that τ is simulated for. fsdp: several processes share the weights.
     """
 
     max_steps: int | None = Field(2000, ge=1)
@@ -213,6 +215,10 @@ class TrainConfig(Record):
     distillation: float = Field(0.0, ge=0)
     position_decay: float = Field(1.0, gt=0, le=1)
     save_every: int = Field(250, ge=1)
+    save_minutes: float | None = Field(None, gt=0)
+    log_every: int = Field(10, ge=1)
+    budget: int = Field(24, ge=0)
+    fsdp: bool = False
     report_to: tuple[str, ...] = ()
     seed: int = Field(0, ge=0)
 

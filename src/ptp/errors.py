@@ -29,3 +29,7 @@ class AdapterError(PTPError):
 
 class DecodingError(PTPError):
     """A generation request cannot be served."""
+
+
+class Terminated(SystemExit):
+    """Training was asked to stop by SIGTERM, and has saved a checkpoint first."""

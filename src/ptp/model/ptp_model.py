@@ -5,6 +5,7 @@ Shapes: B rows, S context tokens, N windows of L positions, H hidden size, V voc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,10 +219,12 @@ class PTPModel(nn.Module):
         z: Tensor,
         lower: Tensor | None = None,
         upper: Tensor | None = None,
-    ) -> TrainingPass:
-        """Context pass without gradient, then one gated pass over all windows (METHOD §3).
+        then: Callable[[TrainingPass], Any] | None = None,
+    ) -> Any:
+        """Context pass without gradient, then one gated pass over all windows (METHOD §3). Returns a `TrainingPass`.
 
-        The fields of a `ptp.data.packing.PackedBatch`: ids, document, positions, span, lower, upper (B, S); starts
+        then: makes something else of it to return, while all weights are at hand: an engine that shards them (FSDP)
+        gathers them only inside this call. The other arguments are the fields of a `ptp.data.packing.PackedBatch`: ids, document, positions, span, lower, upper (B, S); starts
         (B, N); z (B, N, ≥ L), of which the first L are inputs. Where intervals are not given, they are those of the
         base model's own distributions under `self.rule`.
         """
@@ -235,7 +238,8 @@ class PTPModel(nn.Module):
                 lower, upper = token_intervals(context, self.logits, ids, (span >= 0) & (positions > 0), self.rule)
         u = inside(*self._of_windows(lower, upper, span, starts, z.shape[-1]), z)
         windows = self._read_windows(u[..., : self.ptp_config.window], ids, document, positions, starts, cache)
-        return TrainingPass(windows, context, u, upper > lower)
+        output = TrainingPass(windows, context, u, upper > lower)
+        return output if then is None else then(output)
 
     @staticmethod
     def _of_windows(lower: Tensor, upper: Tensor, span: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:

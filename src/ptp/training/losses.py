@@ -53,6 +53,23 @@ LogitsOf = Callable[[Tensor], Tensor]
 """Hidden states (..., H) → logits (..., V)."""
 
 
+Predict = Callable[[Tensor, slice], Tensor]
+"""Logits (R, V) of some of the valid targets, and which of them they are → the tokens proposed, (R,)."""
+
+
+@dataclass(frozen=True)
+class WindowLoss:
+    """What windows lose and propose.
+
+    total: () weighted sum over valid targets, with gradient. cross_entropy: () sum without weights or divergence.
+    predicted: (B, N, L) int64 proposed tokens, 0 where no target is valid.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    predicted: Tensor
+
+
 def window_loss(
     windows: Tensor,
     context: Tensor,
@@ -62,10 +79,11 @@ def window_loss(
     *,
     summed: Callable[[Tensor, RowLoss], Tensor],
     logits_of: LogitsOf,
+    predict: Predict,
     temperature: float = 1.0,
     distillation: float = 0.0,
-) -> Tensor:
-    """Weighted mean over valid positions of −log P(target), plus `distillation` · KL(teacher ‖ window).
+) -> WindowLoss:
+    """Weighted sum over valid positions of −log P(target), plus `distillation` · KL(teacher ‖ window).
 
     windows: (B, N, L, H), context: (B, S, H), hidden states of windows and base model; weights: (L,). summed: sums a
     loss over rows of hidden states, and `logits_of` makes logits of the context's, both a part at a time. Windows'
@@ -73,20 +91,23 @@ def window_loss(
     """
     valid = targets.valid
     tokens, share = targets.token_ids[valid], weights.expand(valid.shape)[valid]
-    share = share / share.sum().clamp(min=1e-9)
     sequence = torch.arange(len(valid), device=valid.device)[:, None, None].expand(valid.shape)[valid]
     before = (targets.index - 1)[valid]
+    proposed, entropies = torch.zeros_like(tokens), torch.zeros_like(share)
 
     def loss(logits: Tensor, part: slice) -> Tensor:
-        logits = logits.float() / temperature
-        losses = F.cross_entropy(logits, tokens[part], reduction="none")
+        scores = logits.float() / temperature
+        losses = F.cross_entropy(scores, tokens[part], reduction="none")
+        with torch.no_grad():
+            proposed[part], entropies[part] = predict(logits, part), losses
         if distillation > 0:
             with torch.no_grad():
-                teacher = warp(logits_of(context[sequence[part], before[part]]), rule).dense(logits.shape[-1])
-            losses = losses + distillation * divergence(logits, teacher)
+                teacher = warp(logits_of(context[sequence[part], before[part]]), rule).dense(scores.shape[-1])
+            losses = losses + distillation * divergence(scores, teacher)
         return (losses * share[part]).sum()
 
-    return summed(windows[valid], loss)
+    total = summed(windows[valid], loss)
+    return WindowLoss(total, entropies.sum(), torch.zeros_like(targets.token_ids).masked_scatter(valid, proposed))
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""What a window predicts and how often it is right, as sums and counts (METHOD §3)."""
+"""What windows predict and how often it is right, as sums and counts (METHOD §3)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -19,43 +20,61 @@ def predictions(logits: Tensor, target_u: Tensor, config: PTPConfig, rule: Sampl
     return pick(warp(logits, rule), target_u)
 
 
-@dataclass
+@dataclass(frozen=True)
 class WindowMetrics:
-    """Sums over windows, so that parts evaluated apart can be added.
+    """Sums over windows, float32 tensors: those of parts, steps and processes add up to those of the whole.
 
     correct, counted: (L,) right and valid predictions by window index. survived, tried: (L − lead,) for each draft
     w, windows whose first w drafts are all right, of those whose first w − 1 are and whose w-th has a target.
+    cross_entropy: () its sum over valid targets. masked: () targets without mass. tokens: () tokens read.
     """
 
     correct: Tensor
     counted: Tensor
     survived: Tensor
     tried: Tensor
-    loss: float = 0.0
-    num_targets: int = 0
-    num_masked: int = 0
-    lead: int = field(default=0)
+    cross_entropy: Tensor
+    masked: Tensor
+    tokens: Tensor
 
     @classmethod
-    def empty(cls, config: PTPConfig) -> WindowMetrics:
+    def zeros(cls, config: PTPConfig) -> WindowMetrics:
         """Nothing counted yet."""
         by_index, by_draft = torch.zeros(config.window), torch.zeros(config.num_drafts)
-        return cls(by_index, by_index.clone(), by_draft, by_draft.clone(), lead=config.lead)
+        return cls(by_index, by_index, by_draft, by_draft, *torch.zeros(3))
 
-    def add(self, predicted: Tensor, targets: Targets, loss: float) -> None:
-        """Count a batch. predicted: (B, N, L); loss: mean over the batch's valid targets."""
+    @classmethod
+    def of(
+        cls, predicted: Tensor, targets: Targets, cross_entropy: Tensor, tokens: Tensor, config: PTPConfig
+    ) -> WindowMetrics:
+        """Count a batch. predicted: (B, N, L); cross_entropy, tokens: ()."""
         right = (predicted == targets.token_ids) & targets.valid
-        self.correct += right.sum((0, 1)).cpu()
-        self.counted += targets.valid.sum((0, 1)).cpu()
-        num_targets = int(targets.valid.sum())
-        self.loss += loss * num_targets
-        self.num_targets += num_targets
-        self.num_masked += int((targets.in_span & ~targets.valid).sum())
-        drafted, valid = right[..., self.lead :].long(), targets.valid[..., self.lead :]
+        drafted, valid = right[..., config.lead :].long(), targets.valid[..., config.lead :]
         run = drafted.cumprod(-1)
         before = torch.cat([torch.ones_like(run[..., :1]), run[..., :-1]], dim=-1)
-        self.survived += run.sum((0, 1)).cpu()
-        self.tried += (before.bool() & valid).sum((0, 1)).cpu()
+        return cls(
+            correct=right.sum((0, 1)).float(),
+            counted=targets.valid.sum((0, 1)).float(),
+            survived=run.sum((0, 1)).float(),
+            tried=(before.bool() & valid).sum((0, 1)).float(),
+            cross_entropy=cross_entropy.detach().float(),
+            masked=(targets.in_span & ~targets.valid).sum().float(),
+            tokens=tokens.float(),
+        )
+
+    def __add__(self, other: WindowMetrics) -> WindowMetrics:
+        return WindowMetrics(*(a.to(b.device) + b for a, b in zip(self.parts(), other.parts(), strict=True)))
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> WindowMetrics:
+        """The same with a linear function applied to all sums at once, such as their sum over processes."""
+        parts = self.parts()
+        joined = function(torch.cat([part.flatten() for part in parts]))
+        split = joined.split([part.numel() for part in parts])
+        return WindowMetrics(*(new.view_as(old) for new, old in zip(split, parts, strict=True)))
+
+    def parts(self) -> list[Tensor]:
+        """The sums in the order of their declaration."""
+        return [getattr(self, field.name) for field in fields(self)]
 
     @property
     def accuracy(self) -> list[float]:
@@ -77,5 +96,26 @@ class WindowMetrics:
         return sum(self.survival)
 
     @property
+    def num_targets(self) -> int:
+        """Valid targets."""
+        return int(self.counted.sum())
+
+    @property
+    def num_masked(self) -> int:
+        """Targets the sampling rule gives no mass."""
+        return int(self.masked)
+
+    @property
     def mean_loss(self) -> float:
-        return self.loss / max(1, self.num_targets)
+        """Cross-entropy of a valid target, in nats."""
+        return float(self.cross_entropy) / max(1, self.num_targets)
+
+    def rates(self) -> dict[str, float]:
+        """What is logged of them, by name."""
+        return {
+            "loss": self.mean_loss,
+            "correct": self.mean_correct,
+            "accuracy": float(self.correct.sum()) / max(1, self.num_targets),
+            "masked": self.num_masked / max(1, self.num_targets + self.num_masked),
+            **{f"accuracy/{index}": share for index, share in enumerate(self.accuracy)},
+        }

@@ -1,35 +1,45 @@
-"""Training a PTP model: `transformers.Trainer` with our loss, data and checkpoints (METHOD §3)."""
+"""Training a PTP model: `transformers.Trainer` with our objective, data and checkpoints (METHOD §3)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from ptp.config import PTPConfig, TrainConfig
+from ptp.config import TrainConfig
 from ptp.data.documents import Documents
-from ptp.data.packing import WindowStream, collate
-from ptp.errors import ConfigError
-from ptp.model.head import ROWS, summed_loss
-from ptp.model.ptp_model import PTPModel, TrainingPass
+from ptp.data.packing import collate
+from ptp.errors import ConfigError, DataError
+from ptp.files import write_atomically
+from ptp.model.ptp_model import PTPModel
 from ptp.processes import world_size
 from ptp.sampling import SamplingRule
-from ptp.training.losses import Targets, window_loss, window_targets
-from ptp.training.metrics import WindowMetrics, predictions
+from ptp.training.metrics import WindowMetrics
+from ptp.training.objective import Objective, evaluate_windows, make_stream, measured_pass
 from ptp.training.optimizers import make_optimizer
+from ptp.training.saving import SaveWhenAsked
 
-EVALUATION_WINDOWS = 2000
-"""Windows the acceptance profile is measured on, at least."""
+RUNNING_METRICS = "metrics.json"
+"""In a checkpoint: what was counted since the last row of the log."""
 
 
 class PTPTrainer(Trainer):
-    """Trains what of a `PTPModel` requires gradients; a checkpoint's weights are an adapter directory."""
+    """Trains what of a `PTPModel` requires gradients; a checkpoint's weights are an adapter directory.
+
+    validation: documents that every checkpoint is measured on; the best by `correct` is kept, and is what the model
+    holds in the end. tokens_per_call: what an acceptance profile promises, for the log.
+    """
 
     model: PTPModel
 
@@ -41,9 +51,11 @@ class PTPTrainer(Trainer):
         documents: Documents,
         output_dir: Path,
         callbacks: Sequence[TrainerCallback] = (),
+        validation: Documents | None = None,
+        tokens_per_call: Callable[[Sequence[float]], float] | None = None,
     ) -> None:
-        self.config = config
-        self.rule = rule
+        self.config, self.rule = config, rule
+        self.validation, self.tokens_per_call = validation, tokens_per_call
         window = model.ptp_config.window
         stream = make_stream(documents, config, window)
         num_processes = world_size()
@@ -53,24 +65,213 @@ class PTPTrainer(Trainer):
         super().__init__(
             model=model,
             # All of a student's weights learn: in bfloat16 alone, steps as small as theirs would be rounded away.
-            args=_arguments(config, num_steps, output_dir, bf16=is_student and config.dtype == "bfloat16"),
+            args=_arguments(
+                config,
+                num_steps,
+                output_dir,
+                bf16=is_student and config.dtype == "bfloat16",
+                evaluates=validation is not None,
+                layers=list(model.base_model._no_split_modules or ()),
+            ),
             train_dataset=stream,
+            eval_dataset=validation,
             data_collator=collate,
             optimizers=(make_optimizer(config.optimizer, model.named_parameters(), config.learning_rate), None),
             callbacks=list(callbacks),
         )
         # The live table and the log are the callbacks' business, not standard output's.
         self.remove_callback(PrinterCallback)
-        self.weights = config.position_decay ** torch.arange(window, dtype=torch.float32, device=model.device)
+        self.saver = SaveWhenAsked(config.save_minutes, self._any_process)
+        self.add_callback(self.saver)
+        # The loss comes out divided by what `_get_num_items_in_batch` says.
+        self.model_accepts_loss_kwargs = True
+        weights = config.position_decay ** torch.arange(window, dtype=torch.float32, device=model.device)
+        self.objective = Objective(rule, weights, config.distillation)
+        self.running = WindowMetrics.zeros(model.ptp_config)
+        self.losses: list[Tensor] = []
+        self.clock, self.paused = time.monotonic(), 0.0
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        return training_loss(model, inputs, self.rule, self.weights, self.config.distillation)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. SIGTERM saves a checkpoint, then raises `Terminated`.
+
+        Raises `ConfigError` where memory does not suffice or the loss is no number, `DataError` where a checkpoint
+        cannot be written.
+        """
+        try:
+            with self.saver.listening():
+                self.clock = time.monotonic()
+                return super().train(*args, **kwargs)
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                raise ConfigError(self._out_of_memory()) from error
+            raise
+
+    # --- Loss ---------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Tensor:
+        total, metrics = measured_pass(model, inputs, self.objective)
+        self.running = self.running + metrics
+        self.losses.append(total.detach())
+        # Engines take the mean of the processes' gradients; this is the share of one of them in a sum.
+        return total * self.args.world_size / num_items_in_batch
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """Weight of all targets of a step: of every batch accumulated and every process."""
+        config = self.model.ptp_config
+        own = sum((self.objective.num_items(batch, config) for batch in batch_samples), torch.zeros(()))
+        return self._summed(own.to(device)).clamp(min=1e-9)
+
+    # --- Log ----------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was counted since the last row to rows of training."""
+        if "grad_norm" in logs or "learning_rate" in logs:
+            logs |= self._rates(self.running.mapped(self._summed))
+            self.running = WindowMetrics.zeros(self.model.ptp_config)
+        super().log(logs, start_time)
+
+    def _rates(self, metrics: WindowMetrics, prefix: str = "") -> dict[str, float]:
+        rates = metrics.rates()
+        if self.tokens_per_call is not None:
+            rates["tokens_per_call"] = self.tokens_per_call(metrics.survival)
+        if not prefix:
+            now = time.monotonic()
+            rates["tokens_per_second"] = float(metrics.tokens) / max(now - self.clock - self.paused, 1e-9)
+            rates["memory_gb"] = memory_in_use(self.args.device) / 1e9
+            self.clock, self.paused = now, 0.0
+        return {f"{prefix}{name}": value for name, value in rates.items()}
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        control = self.control
+        if control.should_log or control.should_evaluate or control.should_save:
+            self._check_losses()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _check_losses(self) -> None:
+        """Raises `ConfigError` if a loss since the last look was no number, before a checkpoint holds what it made."""
+        losses, self.losses = self._summed(torch.stack(self.losses)).cpu() if self.losses else torch.zeros(0), []
+        weights = torch.stack([p.detach().sum() for group in self.optimizer.param_groups for p in group["params"]])
+        wrong = torch.nonzero(~losses.isfinite()).flatten().tolist()
+        if not wrong and self._summed(weights.float()).isfinite().all():
+            return
+        per_step = self.args.gradient_accumulation_steps
+        step = self.state.global_step - (len(losses) - wrong[0] - 1) // per_step if wrong else self.state.global_step
+        raise ConfigError(
+            f"the loss is not finite at step {step}: training stopped, {self._kept()}; lower train.learning_rate "
+            f"({self.config.learning_rate:g}), or train with dtype=float32"
+        )
+
+    # --- Evaluation ---------------------------------------------------------------------------------------------------
+
+    def measure(self) -> WindowMetrics:
+        """What held-out windows say of the model as it is; all processes share the work and get the whole."""
+        assert self.validation is not None, "there are no documents to validate with"
+        number, processes = self.args.process_index, self.args.world_size
+        return evaluate_windows(self.model, self.validation, self.config, self.rule, number, processes).mapped(
+            lambda sums: self._summed(sums.to(self.args.device))
+        )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure and log; the names begin with `eval_`."""
+        with self._off_the_clock():
+            rates = self._rates(metrics := self.measure(), prefix="eval_")
+            self.model.survival = metrics.survival
+            self.log(rates)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, rates)
+        return rates
+
+    # --- Checkpoints --------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with self._off_the_clock():
+            self.running = self.running.mapped(self._summed) if self.args.world_size > 1 else self.running
+            try:
+                super()._save_checkpoint(model, trial)
+            except (OSError, SafetensorError, RuntimeError) as error:
+                directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                shutil.rmtree(directory, ignore_errors=True)
+                reason = str(error).splitlines()[0]
+                raise DataError(
+                    f"{directory} could not be written ({reason}); make room and run the same command again: "
+                    f"{self._kept()}"
+                ) from error
+            if not self.args.should_save:
+                self.running = WindowMetrics.zeros(self.model.ptp_config)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        self.model.save_pretrained(cast(str, output_dir or self.args.output_dir))
+        directory = Path(cast(str, output_dir or self.args.output_dir))
+        self.model.save_pretrained(directory, state_dict)
+        running = json.dumps([part.tolist() for part in self.running.parts()])
+        write_atomically(directory / RUNNING_METRICS, running.encode())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        cast(PTPModel, model or self.model).load_adapter(Path(resume_from_checkpoint))
+        self.model.load_adapter(Path(resume_from_checkpoint))
+        if self.args.should_save:
+            parts = json.loads((Path(resume_from_checkpoint) / RUNNING_METRICS).read_text(encoding="utf-8"))
+            self.running = WindowMetrics(*(torch.tensor(part) for part in parts))
+
+    def _load_best_model(self) -> None:
+        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+        self.model.load_adapter(best)
+
+    def _kept(self) -> str:
+        last = last_complete_checkpoint(Path(self.args.output_dir))
+        return f"{last} is kept" if last else "there is no checkpoint yet"
+
+    # --- Processes, time and memory -----------------------------------------------------------------------------------
+
+    def _summed(self, values: Tensor) -> Tensor:
+        """The sum over processes."""
+        if self.args.world_size == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.args.device), reduction="sum")
+
+    def _any_process(self, flag: bool) -> bool:
+        return bool(self._summed(torch.tensor(float(flag)))) if self.args.world_size > 1 else flag
+
+    @contextmanager
+    def _off_the_clock(self) -> Any:
+        """Time that is not training's, and does not count in its tokens per second."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.paused += time.monotonic() - started
+
+    def _out_of_memory(self) -> str:
+        config = self.config
+        step = f"{config.batch_size} sequences of {config.sequence_length} tokens at a time"
+        if config.batch_size > 1:
+            half, twice = config.batch_size // 2, 2 * config.gradient_accumulation_steps
+            advice = f"train.batch_size={half} train.gradient_accumulation_steps={twice}, which trains the same"
+        else:
+            advice = f"train.windows_per_sequence={max(1, config.windows_per_sequence // 2)}"
+        return f"out of memory with {step}: {self._kept()}; go on with {advice}"
+
+
+def last_complete_checkpoint(directory: Path) -> str | None:
+    """The newest checkpoint whose writing was not cut short; its trainer_state.json is written last."""
+    complete = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the peak of a GPU since the process began, or what the process holds now."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -87,85 +288,9 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def training_loss(
-    model: nn.Module, batch: dict[str, Tensor], rule: SamplingRule, weights: Tensor, distillation: float
-) -> Tensor:
-    """Cross-entropy of the window's tokens, plus `distillation` times the KL to the teacher.
-
-    batch: the fields of a `PackedBatch`; weights: (L,).
-    """
-    output = model(**batch)
-    own = cast(PTPModel, getattr(model, "module", model))
-    targets = targets_of(output, batch, own.ptp_config)
-    return loss_of(own, output, targets, weights, rule, distillation)
-
-
-def targets_of(output: TrainingPass, batch: dict[str, Tensor], config: PTPConfig) -> Targets:
-    """What the windows of a batch should predict."""
-    return window_targets(batch["ids"], batch["span"], batch["starts"], output.mass, config.window, config.shift)
-
-
-def loss_of(
-    model: PTPModel, output: TrainingPass, targets: Targets, weights: Tensor, rule: SamplingRule, distillation: float
-) -> Tensor:
-    """The loss of a training pass."""
-    config = model.ptp_config
-    # C-PTP's windows are warped by the rule when they are used; the loss sees them so.
-    warped = config.variant == "categorical" and rule.temperature > 0
-    return window_loss(
-        output.windows.unflatten(1, (-1, config.window)),
-        output.context,
-        targets,
-        weights,
-        rule,
-        summed=partial(summed_loss, model.base_model),
-        logits_of=model.logits,
-        temperature=rule.temperature if warped else 1.0,
-        distillation=distillation,
-    )
-
-
-@torch.no_grad()
-def evaluate_windows(model: PTPModel, documents: Documents, config: TrainConfig, rule: SamplingRule) -> WindowMetrics:
-    """Measure predictions on held-out documents, u uniform in its interval, one pass or more over them."""
-    was_training = model.training
-    model.eval()
-    settings, window = model.ptp_config, model.ptp_config.window
-    # One more number than the window has inputs: the u of the last target, which C-PTP picks with.
-    stream = make_stream(documents, config.model_copy(update={"beta": 1.0}), window + 1)
-    passes = -(-EVALUATION_WINDOWS // (len(stream) * config.windows_per_sequence))
-    stream.length *= passes
-    metrics = WindowMetrics.empty(settings)
-    weights = torch.ones(window, device=model.device)
-    for begin in range(0, len(stream), config.batch_size):
-        items = [stream[i] for i in range(begin, min(begin + config.batch_size, len(stream)))]
-        batch = {name: tensor.to(model.device) for name, tensor in collate(items).items()}
-        output = model(**batch)
-        targets = targets_of(output, batch, settings)
-        loss = loss_of(model, output, targets, weights, rule, distillation=0.0)
-        states, u = output.windows.flatten(0, 1), output.u[..., 1:].flatten()
-        predicted = [
-            predictions(model.logits(rows), numbers, settings, rule)
-            for rows, numbers in zip(states.split(ROWS), u.split(ROWS), strict=True)
-        ]
-        metrics.add(torch.cat(predicted).view_as(targets.token_ids), targets, float(loss))
-    model.train(was_training)
-    return metrics
-
-
-def make_stream(documents: Documents, config: TrainConfig, window: int) -> WindowStream:
-    """The window stream a training configuration describes, one pass long."""
-    return WindowStream(
-        documents,
-        sequence_length=config.sequence_length,
-        num_windows=config.windows_per_sequence,
-        window=window,
-        beta=config.beta,
-        seed=config.seed,
-    )
-
-
-def _arguments(config: TrainConfig, num_steps: int, output_dir: Path, bf16: bool) -> TrainingArguments:
+def _arguments(
+    config: TrainConfig, num_steps: int, output_dir: Path, bf16: bool, evaluates: bool, layers: list[str]
+) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(output_dir),
         max_steps=num_steps,
@@ -180,12 +305,21 @@ def _arguments(config: TrainConfig, num_steps: int, output_dir: Path, bf16: bool
         save_strategy="steps",
         save_steps=config.save_every,
         save_total_limit=2,
-        logging_steps=10,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=config.save_every,
+        load_best_model_at_end=evaluates,
+        metric_for_best_model="eval_correct" if evaluates else None,
+        logging_steps=config.log_every,
+        # A loss that is no number is an error here, not something to hide.
+        logging_nan_inf_filter=False,
         seed=config.seed,
         # Item i of the stream is already drawn from (seed, i).
         train_sampling_strategy="sequential",
         remove_unused_columns=False,
         dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+        fsdp=config.fsdp,
+        fsdp_config={"transformer_layer_cls_to_wrap": layers} if config.fsdp else None,
         report_to=list(config.report_to),
         disable_tqdm=True,
     )
