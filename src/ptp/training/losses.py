@@ -78,7 +78,9 @@ def window_loss(
     before = (targets.index - 1)[valid]
 
     def loss(logits: Tensor, part: slice) -> Tensor:
-        logits = logits.float() / temperature
+        logits = logits.float()
+        if temperature != 1.0:  # the largest tensors there are: each pass over them counts
+            logits = logits / temperature
         losses = F.cross_entropy(logits, tokens[part], reduction="none")
         if distillation > 0:
             with torch.no_grad():

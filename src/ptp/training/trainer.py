@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from ptp.attention import use_flex_attention
 from ptp.config import PTPConfig, TrainConfig
 from ptp.data.documents import Documents
 from ptp.data.packing import WindowStream, collate
@@ -44,6 +45,9 @@ class PTPTrainer(Trainer):
     ) -> None:
         self.config = config
         self.rule = rule
+        model.gradient_checkpointing = config.gradient_checkpointing
+        if model.device.type == "cuda":
+            use_flex_attention(model.base_model)
         window = model.ptp_config.window
         stream = make_stream(documents, config, window)
         num_processes = world_size()
