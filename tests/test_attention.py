@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from trainings import RULE, loss_and_gradients, random_batch
 from transformers import OPTConfig, OPTForCausalLM
@@ -11,7 +11,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from ptp import attention
 from ptp.attention import FLEX, attend, use_flex_attention
 from ptp.config import PTPConfig
-from ptp.decoding.decoder import Decoder
+from ptp.decoding.decoder import Decoder, Generation
 from ptp.errors import ConfigError
 from ptp.model.masks import context_mask, window_mask
 from ptp.model.ptp_model import PTPModel
@@ -115,14 +115,22 @@ def test_flex_attention_is_compiled_once_for_all_batches_and_for_what_checkpoint
 
 
 @torch.no_grad()
-def test_decoding_is_as_before_bit_for_bit(make_model: Callable) -> None:
+def test_decoding_and_plain_calls_are_as_before_bit_for_bit(make_model: Callable) -> None:
     model = make_model().eval()
-    before = Decoder(model, rule=RULE, budget=12).generate([5, 3], max_new_tokens=20, seed=0)
-    logits = model.base_model(input_ids=torch.arange(9)[None]).logits
+    decoder = Decoder(model, rule=RULE, budget=12)
+    ids, padded = torch.arange(18).view(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    padded[0, :4] = 0
+
+    def texts_and_logits() -> tuple[Generation, Tensor, Tensor]:
+        text = decoder.generate([5, 3], max_new_tokens=20, seed=0)
+        return text, model.base_model(ids).logits, model.base_model(ids, attention_mask=padded).logits
+
+    before = texts_and_logits()
     use_flex_attention(model.base_model)
-    after = Decoder(model, rule=RULE, budget=12).generate([5, 3], max_new_tokens=20, seed=0)
-    assert (before.token_ids, before.num_calls) == (after.token_ids, after.num_calls)
-    assert torch.equal(model.base_model(input_ids=torch.arange(9)[None]).logits, logits)
+    after = texts_and_logits()
+    assert (before[0].token_ids, before[0].num_calls) == (after[0].token_ids, after[0].num_calls)
+    assert torch.equal(before[1], after[1])
+    assert torch.equal(before[2], after[2])
 
 
 @pytest.mark.parametrize(("base", "implementation"), [("llama", "eager"), ("gpt2", "sdpa")])
@@ -154,7 +162,7 @@ def test_layers_share_one_mask(tiny_llama: Callable, make_model: Callable, imple
     shape = window_mask(batch["document"], batch["starts"], WINDOW).dense().shape
     kept = set()
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
+    def keep(tensor: Tensor) -> Tensor:
         if tensor.shape == shape:
             kept.add(tensor.untyped_storage().data_ptr())
         return tensor

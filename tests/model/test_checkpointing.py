@@ -95,7 +95,7 @@ def test_less_than_half_of_the_memory_is_held_for_the_backward_pass(make_model: 
     assert 0 < used[1] < 0.5 * used[0]
 
 
-def test_what_is_computed_again_is_forgotten_again(make_model: Callable) -> None:
+def test_a_step_s_peak_falls_too(make_model: Callable) -> None:
     model, batch = make_model("student", layers=6), random_batch(num_windows=15)
     peaks = []
     for model.gradient_checkpointing in (False, True):
