@@ -132,8 +132,8 @@ def test_rows_of_different_length_are_continued_together_as_each_alone(
 def test_a_training_pass_made_again_finds_and_leaves_the_same() -> None:
     context = PassCache()
     first, again, own = states(5, seed=0), states(5, seed=1), states(3, seed=2)
-    for given in (first, again):
-        assert all(found is state for found, state in zip(context.update(*given, 0), given, strict=True))
+    for new in (first, again):
+        assert all(found is state for found, state in zip(context.update(*new, 0), new, strict=True))
     windows = PassCache(context)
     assert (context.get_seq_length(), windows.get_seq_length()) == (0, 5)
     for _ in range(2):
