@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ptp.cache import RollbackCache, SlotCache
+from ptp.cache import PassCache, RollbackCache, SlotCache
 
 IDS = torch.tensor([[3, 17, 5, 0, 8, 22, 31, 4, 9, 11]])
 
@@ -127,3 +127,15 @@ def test_rows_of_different_length_are_continued_together_as_each_alone(
         past_key_values=slots,
     ).logits[:, 0]
     torch.testing.assert_close(found, model(input_ids=IDS).logits[0, lengths], rtol=1e-4, atol=1e-4)
+
+
+def test_a_training_pass_made_again_finds_and_leaves_the_same() -> None:
+    context = PassCache()
+    first, again, own = states(5, seed=0), states(5, seed=1), states(3, seed=2)
+    for new in (first, again):
+        assert all(found is state for found, state in zip(context.update(*new, 0), new, strict=True))
+    windows = PassCache(context)
+    assert (context.get_seq_length(), windows.get_seq_length()) == (0, 5)
+    for _ in range(2):
+        for found, before, state in zip(windows.update(*own, 0), first, own, strict=True):
+            assert torch.equal(found, torch.cat([before, state], dim=2))

@@ -1,11 +1,18 @@
-"""What tests of training share: a run of seconds, and a way to stop one."""
+"""What tests of training share: a run of seconds, a way to stop one, and a step by itself."""
 
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ptp.config import TrainConfig
+from ptp.data.documents import Document, Documents
+from ptp.data.packing import collate
+from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
+from ptp.training.trainer import make_stream, training_loss
 
 RULE = SamplingRule(temperature=0.7, top_k=20)
 CONFIG = TrainConfig(
@@ -29,3 +36,28 @@ class Kill(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+def random_batch(
+    lengths: tuple[int, ...] = (50, 20, 7), sequence_length: int = 60, num_windows: int = 9, window: int = 4
+) -> dict[str, Tensor]:
+    """Texts of random tokens below 40 with random intervals, packed, with padding behind."""
+    rng = np.random.default_rng(0)
+    documents = []
+    for number, length in enumerate(lengths):
+        lower, upper = np.sort(rng.random((2, length - 1), np.float32), axis=0)
+        ids = rng.integers(40, size=length).astype(np.int32)
+        documents.append(Document(ids, ((1, length),), lower, upper, number=number))
+    config = CONFIG.model_copy(update={"sequence_length": sequence_length, "windows_per_sequence": num_windows})
+    stream = make_stream(Documents.of(documents), config, window)
+    return collate([stream[i] for i in range(len(stream))])
+
+
+def loss_and_gradients(model: PTPModel, batch: dict[str, Tensor], distillation: float = 0.0) -> dict[str, Tensor]:
+    """The loss of a step, under the name "loss", and the gradient of everything that learns."""
+    model.zero_grad()
+    loss = training_loss(model, batch, RULE, torch.ones(model.ptp_config.window, device=model.device), distillation)
+    loss.backward()
+    learns = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in learns.values())
+    return {"loss": loss.detach(), **{name: gradient.clone() for name, gradient in learns.items()}}

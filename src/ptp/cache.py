@@ -1,4 +1,4 @@
-"""Key-value caches: one whose rollback is an integer, and one whose rows come and go."""
+"""Key-value caches: one whose rollback is an integer, one whose rows come and go, and one of a training pass."""
 
 from __future__ import annotations
 
@@ -149,3 +149,28 @@ class SlotCache(Cache):
         for layer in self.layers:
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
+
+
+class PassCache(Cache):
+    """Keys and values of a training pass, which it sees behind those of the pass before it.
+
+    A pass may be made again, in whole or in part, and finds what it found: a `DynamicCache` would append to what the
+    first one left. Nothing is kept a second time, so that gradient checkpointing frees what it computes again.
+    """
+
+    def __init__(self, context: PassCache | None = None) -> None:
+        super().__init__(layers=[])
+        self.context = context
+        self.states: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if self.context is None:
+            self.states.setdefault(layer_idx, (key_states, value_states))
+            return key_states, value_states
+        keys, values = self.context.states[layer_idx]
+        return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.context.states[layer_idx][0].shape[2] if self.context is not None else 0

@@ -195,10 +195,11 @@ class TrainConfig(Record):
     and process, gradient_accumulation_steps times. sequence_length: tokens of one. windows_per_sequence: N. dtype: of
     the base model's weights; a student's are float32, and computed with in dtype. beta: concentration of u's place in
     its interval (METHOD §3). distillation: weight of the KL to the teacher beside the cross-entropy's 1 (categorical
-    only). position_decay: γ, weight γ^k of window index k. save_every: steps between checkpoints, each evaluated on
-    held-out windows. report_to: trackers,
-    as transformers names them. save_minutes: minutes between further checkpoints. log_every: steps between rows of
-    metrics. budget: positions of a decoding call that τ is simulated for. fsdp: several processes share the weights.
+    only). position_decay: γ, weight γ^k of window index k. gradient_checkpointing: keep less for the backward pass and
+    compute it again there, for less memory and more time. save_every: steps between checkpoints, each evaluated on
+    held-out windows; save_minutes: minutes between further ones. log_every: steps between rows of metrics. budget:
+    positions of a decoding call that τ is simulated for. fsdp: several processes share the weights. report_to:
+    trackers, as transformers names them.
     """
 
     max_steps: int | None = Field(2000, ge=1)
@@ -214,6 +215,7 @@ class TrainConfig(Record):
     beta: float = Field(0.3, gt=0)
     distillation: float = Field(0.0, ge=0)
     position_decay: float = Field(1.0, gt=0, le=1)
+    gradient_checkpointing: bool = False
     save_every: int = Field(250, ge=1)
     save_minutes: float | None = Field(None, gt=0)
     log_every: int = Field(10, ge=1)

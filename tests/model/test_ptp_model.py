@@ -362,3 +362,14 @@ def test_intervals_are_those_of_the_base_model_while_the_adapter_learns(make_mod
     after = model(**batch)
     assert not torch.equal(after.windows, before.windows)
     assert torch.equal(after.u, before.u)
+
+
+def test_a_frozen_base_model_has_no_dropout_while_the_adapter_learns(make_model: Callable) -> None:
+    model, batch = make_model("gpt2"), packed()
+    assert model.base_model.config.attn_pdrop > 0
+    with torch.no_grad():
+        before = model.eval()(**batch)
+        after = model.train()(**batch)
+    assert model.training
+    assert torch.equal(after.context, before.context)
+    assert torch.equal(after.windows, before.windows)

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ptp.data.documents import Document, Documents
 from ptp.data.packing import collate
 from ptp.data.teacher import Prompt, sample_completions
 from ptp.errors import ConfigError
+from ptp.model.checkpointing import checkpointed
 from ptp.model.loading import load_base_model
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule, probability, token_intervals, warp
@@ -242,6 +244,26 @@ def test_a_killed_and_resumed_training_ends_with_the_same_adapter_as_an_uninterr
     trainer_of(resumed, completions, tmp_path / "parts", optimizer=optimizer).train(resume_from_checkpoint=checkpoint)
     assert same(trained(resumed), trained(whole))
     assert not same(trained(resumed), trained(new_model(directory)))
+
+
+def test_gradient_checkpointing_trains_the_same_adapter(
+    directory: Path, completions: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+
+    def counted(*args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        calls.append(args)
+        return checkpointed(*args, **kwargs)
+
+    monkeypatch.setattr("ptp.model.ptp_model.checkpointed", counted)
+    ends = []
+    for checkpoints in (False, True):
+        model = new_model(directory)
+        trainer_of(model, completions, tmp_path / str(checkpoints), gradient_checkpointing=checkpoints).train()
+        ends.append(trained(model))
+        # The windows' pass of each step.
+        assert len(calls) == checkpoints * CONFIG.max_steps
+    assert same(*ends)
 
 
 def test_the_first_step_can_be_saved_and_loaded(directory: Path, completions: Documents, tmp_path: Path) -> None:

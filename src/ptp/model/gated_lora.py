@@ -26,8 +26,8 @@ class Gate:
         self.start: int | None = None
 
     @contextmanager
-    def opened(self, start: int) -> Iterator[None]:
-        """Gate positions [start, end) of every call made inside the block."""
+    def opened(self, start: int | None) -> Iterator[None]:
+        """Gate positions [start, end) of every call made inside the block; None for none."""
         before, self.start = self.start, start
         try:
             yield
@@ -77,7 +77,7 @@ class GatedLoRA(nn.Module):
         if lora_A.dtype != x.dtype:
             lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
         if start == 0:
-            return self.base(x) + self.scale * nn.functional.linear(nn.functional.linear(x, lora_A), lora_B)
+            return self.base(x) + nn.functional.linear(self.scale * nn.functional.linear(x, lora_A), lora_B)
         y = self.base(x)
         # A decoding call, in place and with the fewest operations: small models spend their time between them.
         for row in range(x.shape[0]):

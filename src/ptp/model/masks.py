@@ -1,17 +1,17 @@
-"""Which position may attend to which, as boolean masks (True = may attend).
+"""Which position may attend to which in a training pass (1 = may attend).
 
-Three calls need one: the context pass of training (`context_mask`), the window pass of training (`window_mask`)
-and a decoding call (`call_mask` in `ptp.decoding.layout`). All are (B, 1, queries, keys), the form transformers
-takes as it is. Shapes: B rows, S packed tokens, N windows of L positions, i.e. N·L window positions.
+The context pass has `context_mask`, the window pass `window_mask`; a decoding call has `call_mask` in
+`ptp.decoding.layout`. Shapes: B rows, S packed tokens, N windows of L positions, i.e. N·L window positions.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from ptp.attention import Mask
 
-def context_mask(document: Tensor) -> Tensor:
+
+def context_mask(document: Tensor) -> Mask:
     """Packed documents, each causal and alone. document: (B, S) int, the document each token belongs to, −1 padding.
 
     Two documents of two tokens, `document = [0, 0, 1, 1]`:
@@ -22,18 +22,18 @@ def context_mask(document: Tensor) -> Tensor:
         . . 1 1
 
     Padding attends to itself only, so that its row is not empty (an empty row is NaN in softmax).
-    Returns (B, 1, S, S).
+    S queries, S keys.
     """
-    size = document.shape[1]
-    same = document.unsqueeze(2) == document.unsqueeze(1)
-    index = torch.arange(size, device=document.device)
-    causal = index.unsqueeze(1) >= index
-    own = index.unsqueeze(1) == index
-    real = (document >= 0).unsqueeze(1)
-    return ((same & causal & real) | own).unsqueeze(1)
+    rows, size = document.shape
+
+    def sees(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own = document[row, query]
+        return ((own == document[row, key]) & (own >= 0) & (key < query)) | (key == query)
+
+    return Mask(sees, rows, size, size, document.device)
 
 
-def window_mask(document: Tensor, starts: Tensor, window: int) -> Tensor:
+def window_mask(document: Tensor, starts: Tensor, window: int) -> Mask:
     """Windows over packed documents: each sees its document before its start, and itself causally.
 
     document: (B, S); starts: (B, N), the packed index of the first position each window replaces; window: L.
@@ -46,13 +46,18 @@ def window_mask(document: Tensor, starts: Tensor, window: int) -> Tensor:
         . . . 1 .   . . 1 .
         . . . 1 .   . . 1 1
 
-    Returns (B, 1, N·L, S + N·L).
+    N·L queries, S + N·L keys.
     """
     rows, size = document.shape
-    num_windows = starts.shape[1]
+    num_positions = starts.shape[1] * window
     owner = document.gather(1, starts)
-    before = torch.arange(size, device=document.device) < starts.unsqueeze(2)
-    context = before & (document.unsqueeze(1) == owner.unsqueeze(2))
-    context = context.repeat_interleave(window, dim=1)
-    own = torch.block_diag(*[torch.ones(window, window, device=document.device).tril()] * num_windows).bool()
-    return torch.cat([context, own.expand(rows, -1, -1)], dim=2).unsqueeze(1)
+
+    def sees(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        number, place = query // window, key - size
+        # Window keys have no document; the last token's stands in, and is not looked at.
+        same = document[row, key.clamp(max=size - 1)] == owner[row, number]
+        context = (key < starts[row, number]) & same
+        itself = (place >= 0) & (place // window == number) & (place <= query)
+        return context | itself
+
+    return Mask(sees, rows, num_positions, size + num_positions, document.device)

@@ -6,16 +6,17 @@ Shapes: B rows, S context tokens, N windows of L positions, H hidden size, V voc
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from ptp.attention import context_length, native_mask
+from ptp.attention import Mask, context_length, native_mask
+from ptp.cache import PassCache
 from ptp.config import PTPConfig
 from ptp.errors import AdapterError, ConfigError
 from ptp.model.adapter import (
@@ -29,6 +30,7 @@ from ptp.model.adapter import (
     save_adapter,
 )
 from ptp.model.auxiliary import make_auxiliary_embedding
+from ptp.model.checkpointing import checkpointed
 from ptp.model.gated_lora import Gate, add_gated_lora
 from ptp.model.head import project
 from ptp.model.loading import cast_parameters, load_base_model, load_config, to_dtype
@@ -59,6 +61,9 @@ class PTPModel(nn.Module):
 
     learns_to_read = False
     """Whether the context pass of training has gradient; that of a frozen base model has none."""
+
+    gradient_checkpointing = False
+    """Whether training passes keep of each layer what enters it only, and compute the rest again (less memory)."""
 
     def __init__(self, base_model: PreTrainedModel, config: PTPConfig | None = None) -> None:
         super().__init__()
@@ -112,6 +117,12 @@ class PTPModel(nn.Module):
         config = self.ptp_config
         self.base_model.requires_grad_(False)
         add_gated_lora(self.base_model, config.lora_targets, config.lora_rank, config.lora_alpha, self.gate)
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode, but no dropout in a frozen base model: windows learn behind the keys they will decode with."""
+        super().train(mode)
+        self.base_model.train(mode and self.learns_to_read)
+        return self
 
     def load_adapter(self, adapter: Path) -> None:
         """Fill LoRA and auxiliary embedding from an adapter directory; every key and shape must match."""
@@ -182,14 +193,15 @@ class PTPModel(nn.Module):
         inputs: (B, T) token ids or (B, T, H) embeddings; positions: (B, T); mask: (B, 1, T, cached + T) bool.
         logits_to_keep: 0 for all, or as transformers means it. Returns logits (B, kept, V).
         """
-        with self._gate(gate_start):
+        with self.gate.opened(gate_start):
             return self.base_model(**self._named(inputs, positions, mask, cache), logits_to_keep=logits_to_keep).logits
 
     def read(
-        self, inputs: Tensor, positions: Tensor, mask: Tensor, cache: Cache, gate_start: int | None = None
+        self, inputs: Tensor, positions: Tensor, mask: Mask | Tensor, cache: Cache, gate_start: int | None = None
     ) -> Tensor:
         """A call as `call` makes it, without the output head. Returns hidden states (B, T, H)."""
-        with self._gate(gate_start):
+        checkpoints = self.gradient_checkpointing and torch.is_grad_enabled()
+        with self.gate.opened(gate_start), checkpointed(self.base_model, self.gate) if checkpoints else nullcontext():
             named = self._named(inputs, positions, mask, cache)
             return self.base_model.get_decoder()(**named).last_hidden_state
 
@@ -197,10 +209,7 @@ class PTPModel(nn.Module):
         """Logits (..., V) of hidden states (..., H)."""
         return project(self.base_model, hidden)
 
-    def _gate(self, start: int | None) -> AbstractContextManager[None]:
-        return self.gate.opened(start) if start is not None else nullcontext()
-
-    def _named(self, inputs: Tensor, positions: Tensor, mask: Tensor | None, cache: Cache) -> dict[str, Any]:
+    def _named(self, inputs: Tensor, positions: Tensor, mask: Mask | Tensor | None, cache: Cache) -> dict[str, Any]:
         return {
             "inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs,
             "position_ids": positions,
@@ -228,7 +237,7 @@ class PTPModel(nn.Module):
         (B, N); z (B, N, ≥ L), of which the first L are inputs. Where intervals are not given, they are those of the
         base model's own distributions under `self.rule`.
         """
-        cache = DynamicCache(config=self.base_model.config)
+        cache = PassCache()
         with nullcontext() if self.learns_to_read else torch.no_grad():
             context = self.read(ids, positions, context_mask(document), cache)
         if lower is None or upper is None:
@@ -251,9 +260,9 @@ class PTPModel(nn.Module):
         return lower.gather(1, place).view_as(index) * own, upper.gather(1, place).view_as(index) * own
 
     def _read_windows(
-        self, u: Tensor, ids: Tensor, document: Tensor, positions: Tensor, starts: Tensor, cache: Cache
+        self, u: Tensor, ids: Tensor, document: Tensor, positions: Tensor, starts: Tensor, cache: PassCache
     ) -> Tensor:
-        """The gated pass over windows of u (B, N, L), on top of the context's cache. Returns (B, N·L, H)."""
+        """The gated pass over windows of u (B, N, L), which see the context's cache. Returns (B, N·L, H)."""
         window = u.shape[-1]
         offsets = torch.arange(window, device=starts.device)
         anchor = ids.gather(1, starts - 1).unsqueeze(-1).expand(-1, -1, window)
@@ -262,7 +271,8 @@ class PTPModel(nn.Module):
         if (longest := context_length(self.base_model.config)) is not None:
             # A window may run past the end of a document as long as the context; nothing there is trained.
             window_positions = window_positions.clamp(max=longest - 1)
-        return self.read(inputs, window_positions, window_mask(document, starts, window), cache, gate_start=0)
+        mask = window_mask(document, starts, window)
+        return self.read(inputs, window_positions, mask, PassCache(cache), gate_start=0)
 
 
 def end_token_ids(base_model: PreTrainedModel) -> list[int]:

@@ -33,7 +33,7 @@ TRAINING_RESULT = "training.json"
 SETTINGS = "settings.json"
 """Beside the checkpoints: what they are made with."""
 
-MAY_CHANGE = ("max_steps", "num_epochs", "save_every", "report_to")
+MAY_CHANGE = ("max_steps", "num_epochs", "gradient_checkpointing", "save_every", "report_to")
 """Settings that a training may go on without."""
 
 TEXT_PROMPT_TOKENS = 64

@@ -96,7 +96,9 @@ def window_loss(
     proposed, entropies = torch.zeros_like(tokens), torch.zeros_like(share)
 
     def loss(logits: Tensor, part: slice) -> Tensor:
-        scores = logits.float() / temperature
+        scores = logits.float()
+        if temperature != 1.0:  # the largest tensors there are: each pass over them counts
+            scores = scores / temperature
         losses = F.cross_entropy(scores, tokens[part], reduction="none")
         with torch.no_grad():
             proposed[part], entropies[part] = predict(logits, part), losses

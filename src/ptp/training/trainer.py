@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
+from ptp.attention import use_flex_attention
 from ptp.config import TrainConfig
 from ptp.data.documents import Documents
 from ptp.data.packing import collate
@@ -56,6 +57,9 @@ class PTPTrainer(Trainer):
     ) -> None:
         self.config, self.rule = config, rule
         self.validation, self.tokens_per_call = validation, tokens_per_call
+        model.gradient_checkpointing = config.gradient_checkpointing
+        if model.device.type == "cuda":
+            use_flex_attention(model.base_model)
         window = model.ptp_config.window
         stream = make_stream(documents, config, window)
         num_processes = world_size()
