@@ -213,7 +213,7 @@ class TrainConfig(Record):
     distillation: float = Field(0.0, ge=0)
     position_decay: float = Field(1.0, gt=0, le=1)
     save_every: int = Field(250, ge=1)
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[str, ...] = ("tensorboard",)
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")
