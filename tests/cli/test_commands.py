@@ -344,25 +344,28 @@ def measured_line(result: Result) -> str:
     return line
 
 
-def test_the_tokens_per_call_that_training_prints_are_those_of_decoding_held_out_prompts(damaged: Path) -> None:
-    line = measured_line(typed(train.main, damaged, "train.max_steps=3", "--budget", 9))
+@pytest.mark.parametrize("budget", [0, 9])
+def test_the_tokens_per_call_that_training_prints_are_those_of_decoding_held_out_prompts(
+    damaged: Path, budget: int
+) -> None:
+    line = measured_line(typed(train.main, damaged, "train.max_steps=3", "--budget", budget))
     experiment, model = Experiment.load(damaged), PTPModel.from_pretrained(damaged)
-    decoder = Decoder(model, experiment.config.sampling, budget=9)
+    decoder = Decoder(model, experiment.config.sampling, budget=budget)
     num_tokens = num_calls = 0
     for number, prompt in enumerate(validation_prompts(experiment, 32)):
         for step in decoder.steps(make_request(model.base_model, prompt, 128, seed=0, sequence=number)):
             num_tokens, num_calls = num_tokens + len(step.token_ids), num_calls + 1
-    simulated = simulated_tokens_per_call(model.survival, 9, model.ptp_config.lead)
-    assert f"budget 9: measured {num_tokens / num_calls:.2f} (" in line
+    simulated = simulated_tokens_per_call(model.survival, budget, model.ptp_config.lead)
+    assert f"budget {budget}: measured {num_tokens / num_calls:.2f} (" in line
     assert f"tokens {num_tokens:,})" in line
     assert line.endswith(f"simulated from the windows {simulated:.2f}")
     kept = json.loads((damaged / "adapter" / "measurement.json").read_text())
-    assert (kept["budget"], kept["num_tokens"], kept["num_calls"]) == (9, num_tokens, num_calls)
+    assert (kept["budget"], kept["num_tokens"], kept["num_calls"]) == (budget, num_tokens, num_calls)
     assert (kept["tokens_per_call"], kept["simulated"]) == (num_tokens / num_calls, simulated)
     # `ptp verify` finds the same.
     assert (
         kept["tokens_per_call"]
-        == verify_experiment(experiment, num_prompts=32, max_new_tokens=128, budget=9).tokens_per_call
+        == verify_experiment(experiment, num_prompts=32, max_new_tokens=128, budget=budget).tokens_per_call
     )
 
 
