@@ -127,10 +127,11 @@ class Bars(RichProgress):
 
 def _redirect_logs(before: TextIO, now: TextIO) -> None:
     """Make every log handler that writes to the one stream write to the other: past the bars, it would tear them."""
-    loggers = [logging.root, *logging.root.manager.loggerDict.values()]
-    for handler in (handler for logger in loggers for handler in getattr(logger, "handlers", ())):
-        if isinstance(handler, logging.StreamHandler) and handler.stream is before:
-            handler.setStream(now)
+    for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
+        # Among them are places of names that nothing was logged under.
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+                handler.setStream(now)
 
 
 @contextmanager
