@@ -23,6 +23,7 @@ from ptp import PTPConfig, PTPModel
 from ptp.cli.main import app
 from ptp.data.documents import Document, save_shard
 from ptp.data.store import Provenance
+from ptp.evaluation.measurement import Measurement
 from ptp.experiment import apply_override
 from ptp.model.adapter import AdapterSettings
 from ptp.stages.train import TrainingResult
@@ -286,5 +287,5 @@ def test_the_fields_of_stores_and_adapters_are_documented(tmp_path: Path) -> Non
     save_shard(tmp_path / "shard", [Document(np.zeros(2, np.int32), ((1, 2),), edge, edge)])
     assert documented_fields("Completion store") == list(Provenance.model_fields)
     assert sorted(documented_fields("Shards")) == sorted(load_file(tmp_path / "shard"))
-    results = [field.name for field in dataclasses.fields(TrainingResult)]
+    results = [field.name for record in (TrainingResult, Measurement) for field in dataclasses.fields(record)]
     assert documented_fields("Adapter directory") == [*AdapterSettings.model_fields, *results]

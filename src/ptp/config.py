@@ -221,7 +221,7 @@ class TrainConfig(Record):
     log_every: int = Field(10, ge=1)
     budget: int = Field(24, ge=0)
     fsdp: bool = False
-    report_to: tuple[str, ...] = ()
+    report_to: tuple[str, ...] = ("tensorboard",)
     seed: int = Field(0, ge=0)
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 experiment.yaml    base model, dataset, and the sampling rule that every stage uses
 pregenerate.yaml   how completions are sampled          completions/  their store
-train.yaml         PTP model and training               checkpoints/, adapter/
+train.yaml         PTP model and training               checkpoints/, tensorboard/, adapter/
 README.md          the next commands                    cache/        tokenised data
 """
 
@@ -132,6 +132,11 @@ class Experiment:
     @property
     def checkpoints(self) -> Path:
         return self.directory / "checkpoints"
+
+    @property
+    def events(self) -> Path:
+        """tensorboard's."""
+        return self.directory / "tensorboard"
 
     @property
     def adapter(self) -> Path:

@@ -1,6 +1,7 @@
 """The commands as they are typed: in this process where that is enough, as programs where it is not."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import check_refused, files, notes, program, typed
+from command_line import Result, check_refused, files, notes, program, typed
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -21,8 +22,16 @@ from transformers import (
 )
 
 from ptp.cli import distill, generate, main, pregenerate, train
+from ptp.decoding.decoder import Decoder
+from ptp.decoding.requests import make_request
 from ptp.evaluation import verify as verify_module
+from ptp.evaluation.acceptance import simulated_tokens_per_call
+from ptp.evaluation.experiment_report import verify_experiment
+from ptp.experiment import Experiment
+from ptp.model.ptp_model import PTPModel
 from ptp.sampling import uniform
+from ptp.stages.train import read_training_result, validation_prompts
+from ptp.training.metrics import WindowMetrics
 
 PROMPT = "def f3(x, y):"
 KEYS = {
@@ -92,7 +101,7 @@ try:
     main()
 except SystemExit as exit:
     assert not exit.code, exit.code
-slow = {"torch", "transformers", "peft", "numpy", "datasets", "openai", "questionary"} & set(sys.modules)
+slow = {"torch", "transformers", "peft", "numpy", "datasets", "openai", "questionary", "tensorboard"} & set(sys.modules)
 assert not slow, slow
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -324,6 +333,93 @@ def test_a_base_model_that_is_gone_is_named(damaged: Path) -> None:
     path = damaged / "adapter" / "ptp_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model": "../../gone"}))
     check_refused(typed(generate.main, damaged, "--prompt", PROMPT), "../../gone")
+
+
+# The end of a training
+
+
+def measured_line(result: Result) -> str:
+    assert (result.code, result.out) == (0, ""), result.err
+    (line,) = [line for line in result.err.splitlines() if line.startswith("tokens per call at budget")]
+    return line
+
+
+@pytest.mark.parametrize("budget", [0, 9])
+def test_the_tokens_per_call_that_training_prints_are_those_of_decoding_held_out_prompts(
+    damaged: Path, budget: int
+) -> None:
+    line = measured_line(typed(train.main, damaged, "train.max_steps=3", "--budget", budget))
+    experiment, model = Experiment.load(damaged), PTPModel.from_pretrained(damaged)
+    decoder = Decoder(model, experiment.config.sampling, budget=budget)
+    num_tokens = num_calls = 0
+    for number, prompt in enumerate(validation_prompts(experiment, 32)):
+        for step in decoder.steps(make_request(model.base_model, prompt, 128, seed=0, sequence=number)):
+            num_tokens, num_calls = num_tokens + len(step.token_ids), num_calls + 1
+    simulated = simulated_tokens_per_call(model.survival, budget, model.ptp_config.lead)
+    assert f"budget {budget}: measured {num_tokens / num_calls:.2f} (" in line
+    assert f"tokens {num_tokens:,})" in line
+    assert line.endswith(f"simulated from the windows {simulated:.2f}")
+    kept = json.loads((damaged / "adapter" / "measurement.json").read_text())
+    assert (kept["budget"], kept["num_tokens"], kept["num_calls"]) == (budget, num_tokens, num_calls)
+    assert (kept["tokens_per_call"], kept["simulated"]) == (num_tokens / num_calls, simulated)
+    # `ptp verify` finds the same.
+    assert (
+        kept["tokens_per_call"]
+        == verify_experiment(experiment, num_prompts=32, max_new_tokens=128, budget=budget).tokens_per_call
+    )
+
+
+def test_windows_that_promise_too_much_are_found_out(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = typed(train.main, damaged, "train.max_steps=3").err
+    assert "measured lies" not in honest
+    monkeypatch.setattr(WindowMetrics, "survival", (0.99, 0.98, 0.97))
+    result = typed(train.main, damaged, "train.max_steps=3")
+    measured_line(result)
+    assert re.search(r"^measured lies \d+% below simulated; why that usually happens:\n- ", result.err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory\nof the device"), MemoryError()])
+def test_a_training_whose_decoding_fails_is_done_all_the_same(
+    damaged: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    assert (damaged / "adapter" / "measurement.json").is_file()
+    monkeypatch.setattr(Decoder, "generate", fail)
+    result = typed(train.main, damaged, "train.max_steps=4")
+    assert (result.code, result.out) == (0, "")
+    reason = str(error).partition("\n")[0] or "MemoryError"
+    assert f"tokens per call not measured, but the adapter is whole: {reason}\n" in result.err
+    assert read_training_result(Experiment.load(damaged)).config["train"]["max_steps"] == 4
+    # That of the adapter before would be no measurement of this one.
+    assert not (damaged / "adapter" / "measurement.json").exists()
+
+
+def test_who_does_not_want_it_measured_gets_the_adapter_at_once(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Decoder, "generate", lambda *_, **__: pytest.fail("a prompt is decoded"))
+    result = typed(train.main, damaged, "train.max_steps=4", "--no-measure")
+    assert (result.code, result.out) == (0, "")
+    assert "tokens per call" not in result.err
+    assert not (damaged / "adapter" / "measurement.json").exists()
+
+
+def test_of_several_processes_the_first_measures(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Decoder, "generate", lambda *_, **__: pytest.fail("a prompt is decoded"))
+    monkeypatch.setattr(train, "rank", lambda: 1)
+    result = typed(train.main, damaged, "train.max_steps=3")
+    assert (result.code, result.out) == (0, "")
+    assert "adapter in" not in result.err
+
+
+def test_a_student_is_not_decoded_with_and_that_is_said(damaged: Path) -> None:
+    shutil.rmtree(damaged / "checkpoints")
+    shutil.rmtree(damaged / "adapter")
+    student = "model.student={hidden_size: 8, num_layers: 1, num_heads: 1}"
+    result = typed(train.main, damaged, "train.max_steps=1", student)
+    assert (result.code, result.out) == (0, ""), result.err
+    assert "tokens per call not measured: nothing decodes with a student yet" in result.err
+    assert not (damaged / "adapter" / "measurement.json").exists()
 
 
 def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:

@@ -44,7 +44,7 @@ def test_every_flag_lands_in_the_settings(root: Path, tmp_path: Path) -> None:
     flags = (
         *("--mode", "prompt-distill", "--split", "train[:20]", "--column", "messages", "--turns", "first"),
         *("--drop-system", "--chat-template", template, "--window", 8, "--windows-per-sequence", 5),
-        *("--max-length", 90, "--lora-rank", 6, "--tracker", "tensorboard"),
+        *("--max-length", 90, "--lora-rank", 6, "--tracker", "mlflow"),
         *("--temperature", 0.5, "--top-k", 7, "--top-p", 0.8),
         *("--set", "train.optimizer=muon", "--set", "pregenerate.engine.url=http://host:8000/v1"),
         *("--set", "pregenerate.engine.model=base", "--set", "data.roles={narrator: user}"),
@@ -70,13 +70,23 @@ def test_every_flag_lands_in_the_settings(root: Path, tmp_path: Path) -> None:
     assert (found["model"]["window"], found["model"]["lora_rank"], found["model"]["lora_alpha"]) == (8, 6, 6)
     assert found["train"]["windows_per_sequence"] == 5
     assert found["train"]["sequence_length"] == found["pregenerate"]["max_length"] == 90
-    assert found["train"]["report_to"] == ("tensorboard",)
+    assert found["train"]["report_to"] == ("mlflow",)
     assert found["train"]["optimizer"] == "muon"
     assert (found["pregenerate"]["engine"]["url"], found["pregenerate"]["engine"]["model"]) == (
         "http://host:8000/v1",
         "base",
     )
     assert (tmp_path / "new" / "chat_template.jinja").read_bytes() == template.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "report_to"), [((), ("tensorboard",)), (("--tracker", "none"), ()), (("--tracker", "wandb"), ("wandb",))]
+)
+def test_training_reports_to_tensorboard_unless_told_otherwise(
+    root: Path, tmp_path: Path, flags: tuple[str, ...], report_to: tuple[str, ...]
+) -> None:
+    config = config_of(tmp_path / "new", root / "model", root / "texts.jsonl", "--yes", *flags)
+    assert config.train.report_to == report_to
 
 
 @pytest.mark.parametrize(

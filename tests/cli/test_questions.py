@@ -123,7 +123,7 @@ def test_arrow_keys_choose_the_mode(root: Path, keys: str, mode: str) -> None:
 def test_every_question_of_a_chat_is_heard(root: Path) -> None:
     found = look(root, "model", "chats.jsonl")
     numbers = "".join(CLEAR + number + ENTER for number in ("8", "72", "5", "7"))
-    keys = ENTER + "n" + DOWN + ENTER + numbers + DOWN + DOWN + ENTER
+    keys = ENTER + "n" + DOWN + ENTER + numbers + DOWN + ENTER
     assert answered(found, keys) == Answers(
         mode="prompt-distill",
         drop_system=True,

@@ -54,3 +54,14 @@ def test_a_much_larger_budget_yields_more_up_to_a_window_and_the_bonus_token(pro
     assert found[-1] <= 1 + sum(survival) + 1e-9
     # With room for every branch, each call finds the drafts of a whole window.
     assert simulated_tokens_per_call(survival, 200, lead) == pytest.approx(1 + sum(survival), rel=1e-3)
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_first_call_of_a_text_has_no_drafts_so_short_texts_have_fewer_tokens_in_a_call(
+    profile: str, lead: int
+) -> None:
+    found = [simulated_tokens_per_call(PROFILES[profile], 8, lead, num_calls) for num_calls in (1, 2, 10, 1000)]
+    assert found[0] == 1
+    assert all(after > before for before, after in pairwise(found))
+    assert found[-1] == simulated_tokens_per_call(PROFILES[profile], 8, lead)

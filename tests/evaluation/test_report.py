@@ -15,7 +15,9 @@ import pytest
 
 from ptp.decoding.decoder import Generation, Step
 from ptp.evaluation.colour import printable
+from ptp.evaluation.experiment_report import figures
 from ptp.evaluation.report import (
+    FAINTEST,
     Piece,
     Report,
     Sample,
@@ -29,6 +31,7 @@ from ptp.evaluation.report import (
     ticks,
     write_report,
 )
+from ptp.training.curves import BY_INDEX, NAMES, curves
 
 CODE = Sample(
     prompt='def shout(text):\n    """Say it </pre><script>alert(1)</script> & louder."""\n',
@@ -67,7 +70,9 @@ REPORT = Report(
     accepted_per_call=[0, 2, 2, 5],
     accuracy_by_index=[0.91, 0.62, 0.4],
     speeds=[Speed("plain decoding", 40.0, (38.5, 41.2)), Speed("PTP", 90.0, (71.3, 104.6))],
-    curves={"loss <train>": [(0, 4.0), (100, 2.5), (200, math.nan), (300, 1.75)]},
+    curves={
+        "loss <all>": {"train <ing>": [(0, 4.0), (100, 2.5), (200, math.nan), (300, 1.75)], "held out": [(300, 2.0)]}
+    },
     settings={"training": {"learning_rate": "1e-4", "note": "a < b"}},
 )
 VOID_ELEMENTS = {"meta", "link", "br", "hr", "img", "input"}
@@ -125,7 +130,8 @@ def test_every_text_appears_whole_and_escaped():
     assert all(tag != "script" for tag, _ in page.tags)
     assert "<script" not in html
     assert "code <tiny>" in page.visible
-    assert "loss <train>" in page.visible
+    assert "loss <all>" in page.visible
+    assert "train <ing>" in page.visible
 
 
 def test_a_long_prompt_is_folded_but_kept():
@@ -209,7 +215,7 @@ def test_a_report_without_optional_parts_still_renders():
         accepted_per_call=[],
         accuracy_by_index=[],
         speeds=[],
-        curves={"empty": [], "undefined": [(0, math.nan)]},
+        curves={"none": {}, "empty": {"training": []}, "undefined": {"training": [(0, math.nan)]}},
         settings={},
     )
     words = Page(render(bare)).words()
@@ -322,9 +328,10 @@ def test_ticks_are_round_and_reach_the_data(low: float, high: float, expected: l
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -2.0])
 def test_a_flat_curve_has_an_axis(value: float):
-    plot = curve_plot([(5, value)])
+    plot = curve_plot({"loss": [(5, value)]})
     assert len(plot.y_ticks) >= 2
-    assert all(math.isfinite(point.x) and math.isfinite(point.y) for point in plot.line)
+    (line,) = plot.lines
+    assert all(math.isfinite(point.x) and math.isfinite(point.y) for point in line.points)
 
 
 def test_tick_labels_are_short():
@@ -333,7 +340,42 @@ def test_tick_labels_are_short():
     assert tick_label(-1.0, [-1.0, 0.0]) == "−1"
 
 
-def test_a_long_curve_is_thinned_and_keeps_its_end():
-    plot = curve_plot([(step, 1 / (step + 1)) for step in range(10_001)])
-    assert len(plot.line) <= 402
-    assert plot.last == f"{1 / 10_001:.4g}"
+def test_lines_of_a_figure_share_its_axes():
+    training, validation = curve_plot({"training": [(10, 4.0), (100, 2.0)], "validation": [(100, 3.0)]}).lines
+    assert validation.points[0].x == training.points[1].x
+    assert validation.points[0].y == pytest.approx((training.points[0].y + training.points[1].y) / 2)
+    assert (training.last, validation.last) == ("2", "3")
+    assert training.tone != validation.tone
+
+
+def test_many_lines_fade_and_the_first_and_the_last_are_named():
+    plot = curve_plot({f"index {k}": [(0, 0.1), (10, 0.9 - k / 10)] for k in range(8)})
+    opacities = [line.opacity for line in plot.lines]
+    assert opacities == sorted(opacities, reverse=True)
+    assert len(set(opacities)) == 8
+    assert (opacities[0], opacities[-1]) == (1, pytest.approx(FAINTEST))
+    words = Page(render(replace(REPORT, curves={"accuracy": {line.name: [(0, 0.5)] for line in plot.lines}}))).words()
+    assert "index 0 0.5 index 7 0.5" in words
+
+
+def test_training_and_validation_of_a_quantity_are_drawn_in_one_figure():
+    both = {
+        "loss": [(10, 3.0)],
+        "eval_loss": [(10, 3.5)],
+        "eval_accuracy/0": [(10, 0.9)],
+        "eval_accuracy/1": [(10, 0.4)],
+    }
+    found = {title: lines for title, lines in figures(both).items() if lines}
+    assert found == {
+        "Loss": {"training": [(10, 3.0)], "validation": [(10, 3.5)]},
+        "Accuracy by window index": {"index 0": [(10, 0.9)], "index 1": [(10, 0.4)]},
+    }
+    words = Page(render(replace(REPORT, curves=found))).words()
+    assert "Loss training 3 validation 3.5" in words
+
+
+def test_every_curve_that_is_kept_is_drawn():
+    row = {name: float(number) for number, name in enumerate([*NAMES, f"{BY_INDEX}0"])}
+    kept = curves([row | {"learning_rate": 1e-4, "step": 10}])
+    drawn = [points for lines in figures(kept).values() for points in lines.values()]
+    assert sorted(drawn) == [[(10, value)] for value in row.values()]

@@ -1,6 +1,8 @@
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trainings import Kill
 from transformers import TrainerCallback
 
@@ -339,8 +342,62 @@ def test_a_damaged_store_is_named(config: ExperimentConfig, finished: Experiment
 
 def test_the_curve_of_training_is_kept(sampled: Experiment) -> None:
     result = train(changed(sampled, "train.max_steps=20", "train.save_every=100"))
-    steps = [step for step, _ in result.curves["training loss"]]
+    steps = [step for step, _ in result.curves["loss"]]
     assert steps == [10, 20]
+
+
+# What is reported
+
+
+def events(experiment: Experiment) -> dict[str, list[int]]:
+    """Steps of each quantity in tensorboard's events."""
+    accumulator = EventAccumulator(str(experiment.events)).Reload()
+    return {tag: [event.step for event in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+
+
+def test_tensorboard_s_events_are_in_the_experiment_s_directory(sampled: Experiment) -> None:
+    result = train(changed(sampled, "train.max_steps=20", "train.save_every=100"))
+    accumulator = EventAccumulator(str(sampled.events)).Reload()
+    losses = [(event.step, event.value) for event in accumulator.Scalars("train/loss")]
+    assert losses == [(step, pytest.approx(loss)) for step, loss in result.curves["loss"]]
+    assert [step for step, _ in losses] == [10, 20]
+    assert not list(sampled.checkpoints.glob("**/events.*"))
+
+
+def test_a_resumed_training_adds_to_the_events(sampled: Experiment) -> None:
+    longer = changed(sampled, "train.max_steps=30", "train.save_every=10")
+    with pytest.raises(KeyboardInterrupt):
+        train(longer, [Kill(15)])
+    assert events(sampled)["train/loss"] == [10]
+    train(longer)
+    assert events(sampled)["train/loss"] == [10, 20, 30]
+
+
+def test_a_directory_that_tensorboard_was_given_elsewhere_is_kept(
+    sampled: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
+    train(sampled)
+    assert list((tmp_path / "elsewhere").iterdir())
+    assert not sampled.events.exists()
+
+
+def test_without_a_tracker_there_are_no_events(sampled: Experiment) -> None:
+    train(changed(sampled, "train.report_to=[]"))
+    assert not sampled.events.exists()
+
+
+def test_nothing_of_a_training_is_held_when_it_is_over(sampled: Experiment) -> None:
+    """So that a GPU that had room for training has room for decoding."""
+    callback, held = TrainerCallback(), []
+    callback.on_train_begin = lambda *_, model, **__: held.extend(map(weakref.ref, model.parameters()))
+    gc.disable()
+    try:
+        train(sampled, [callback])
+        assert held
+        assert not any(parameter() is not None for parameter in held)
+    finally:
+        gc.enable()
 
 
 # Size
@@ -354,7 +411,6 @@ from ptp.experiment import ExperimentConfig
 from ptp.sampling import SamplingRule
 from ptp.stages.distill import distill
 from ptp.stages.train import train, training_data
-from trainings import Kill
 
 
 def peak_megabytes():

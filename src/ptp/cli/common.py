@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from ptp.errors import PTPError
 from ptp.processes import rank
-from ptp.stages import Progress
 
 # Brackets in a path or in a template's message are no markup.
 console = Console(stderr=True, markup=False, highlight=False)
@@ -57,46 +58,88 @@ def resumable() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
-@contextmanager
-def progress_bar(prefix: str = "") -> Iterator[Progress]:
-    """Bars with time left on standard error, one for each thing reported; yields the `ptp.stages.Progress` to call.
+class Bars(RichProgress):
+    """A bar with time left for each thing reported, and below them a table; called as a `ptp.stages.Progress`.
 
-    Only the first of several processes draws; tokens reported along the way are shown as tokens per second. Where
-    standard error is no terminal, there is a line every `SECONDS_PER_LINE` instead.
+    Only the first of several processes shows anything; tokens reported along the way are shown as tokens per second.
+    Where standard error is no terminal, there are lines instead: one for each table, and where none came for so long,
+    one every `SECONDS_PER_LINE`.
     """
-    is_first = rank() == 0
-    bars = RichProgress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}"),
-        TimeElapsedColumn(),
-        TextColumn("elapsed, left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-        console=console,
-        disable=not (is_first and console.is_terminal),
-    )
-    tasks: dict[str, TaskID] = {}
-    num_tokens, started = 0, time.monotonic()
-    noted = started
 
-    def report(what: str, done: int, total: int, tokens: int = 0) -> None:
-        nonlocal num_tokens, started, noted
-        if not tasks:
+    table: RenderableType | None = None
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.is_first = rank() == 0
+        self.bars: dict[str, TaskID] = {}
+        self.num_tokens, self.begun = 0, time.monotonic()
+        self.noted = self.begun
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeElapsedColumn(),
+            TextColumn("elapsed, left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=not (self.is_first and console.is_terminal),
+        )
+
+    def __call__(self, what: str, done: int, total: int, tokens: int = 0) -> None:
+        if not self.bars:
             # Not before: where nothing is reported, an error would come after an empty line.
-            bars.start()
-        if what not in tasks:
-            tasks[what] = bars.add_task(f"{prefix}{what}", total=total, speed="")
-            num_tokens, started = 0, time.monotonic()
-        num_tokens += tokens
-        speed = f"{num_tokens / (time.monotonic() - started):,.0f} tokens/s" if num_tokens else ""
-        bars.update(tasks[what], completed=done, total=total, speed=speed)
-        if is_first and not console.is_terminal and time.monotonic() - noted > SECONDS_PER_LINE:
-            noted = time.monotonic()
-            note(f"{prefix}{what} {done:,}/{total:,} {speed}".rstrip())
+            self.start()
+        if what not in self.bars:
+            self.bars[what] = self.add_task(f"{self.prefix}{what}", total=total, speed="")
+            self.num_tokens, self.begun = 0, time.monotonic()
+        self.num_tokens += tokens
+        speed = f"{self.num_tokens / (time.monotonic() - self.begun):,.0f} tokens/s" if self.num_tokens else ""
+        self.update(self.bars[what], completed=done, total=total, speed=speed)
+        if time.monotonic() - self.noted > SECONDS_PER_LINE:
+            self._note(f"{self.prefix}{what} {done:,}/{total:,} {speed}".rstrip())
 
+    def show(self, table: RenderableType, line: str) -> None:
+        """Put a table below the bars, in place of the one before; or note the line."""
+        self.table = table
+        self._note(f"{self.prefix}{line}")
+
+    def start(self) -> None:
+        standard_error = sys.stderr
+        super().start()
+        _redirect_logs(standard_error, sys.stderr)
+
+    def stop(self) -> None:
+        while_live = sys.stderr
+        super().stop()
+        _redirect_logs(while_live, sys.stderr)
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        if self.table is not None:
+            yield self.table
+
+    def _note(self, line: str) -> None:
+        if self.is_first and not console.is_terminal:
+            self.noted = time.monotonic()
+            note(line)
+
+
+def _redirect_logs(before: TextIO, now: TextIO) -> None:
+    """Make every log handler that writes to the one stream write to the other: past the bars, it would tear them."""
+    for logger in [logging.root, *logging.root.manager.loggerDict.values()]:
+        # Among them are places of names that nothing was logged under.
+        for handler in getattr(logger, "handlers", ()):
+            if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+                handler.setStream(now)
+
+
+@contextmanager
+def progress_bar(prefix: str = "") -> Iterator[Bars]:
+    """Bars on standard error, each beginning with the prefix, from the first report until the block ends."""
+    bars = Bars(prefix)
     try:
-        yield report
+        yield bars
     finally:
-        if tasks:
+        if bars.bars:
             bars.stop()

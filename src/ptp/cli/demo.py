@@ -28,6 +28,7 @@ def command(
         from ptp.cli.verify import summary
         from ptp.demo import DEMO, TINY, make_experiment, make_teacher
         from ptp.evaluation.experiment_report import make_report, verify_experiment
+        from ptp.evaluation.measurement import described, keep, learns_from_itself
         from ptp.evaluation.report import write_report
         from ptp.stages.pregenerate import pregenerate
         from ptp.stages.train import has_adapter, train
@@ -60,6 +61,9 @@ def command(
     write_report(make_report(experiment, verification, size.budget), path)
     print(summary(verification))
     print(f"report            {path}")
+    decoded = [comparison.generation for comparison in verification.comparisons]
+    for line in described(keep(experiment, decoded, size.budget), learns_from_itself(experiment)):
+        note(line)
     console.print(f"{(time.monotonic() - started) / 60:.1f} minutes", style="dim")
     if verification.count("mismatch"):
         raise typer.Exit(1)

@@ -58,7 +58,7 @@ def command(
     ] = None,
     completions_per_prompt: Annotated[int, typer.Option(min=1, help="Completions to sample of each prompt.")] = 1,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the gated LoRA.")] = 32,
-    tracker: Annotated[Tracker, typer.Option(help="Where training reports to.")] = "none",
+    tracker: Annotated[Tracker, typer.Option(help="Where training reports to.")] = "tensorboard",
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.7,
     top_k: Annotated[int, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = 50,
     top_p: Annotated[float, typer.Option(help="Keep the likeliest tokens that together reach this mass.")] = 0.95,

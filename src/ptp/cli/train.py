@@ -3,37 +3,64 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from ptp.cli.common import note, progress_bar, resumable, run
+from ptp.errors import PTPError
+from ptp.processes import rank
+
+if TYPE_CHECKING:
+    from ptp.experiment import Experiment
 
 
 def command(
     directory: Annotated[Path, typer.Argument(help="Experiment directory.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="Settings as section.key=value.")] = None,
-    budget: Annotated[int, typer.Option(min=0, help="Budget that the simulated tokens per call are for.")] = 24,
+    budget: Annotated[int, typer.Option(min=0, help="Budget that the tokens per call at the end are for.")] = 24,
+    measured: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Decode held-out prompts at the end, to measure them.")
+    ] = True,
 ) -> None:
-    """Train the adapter on the completions; goes on from the last checkpoint."""
+    """Train the adapter on the completions; goes on from the last checkpoint. At the end, measure tokens per call."""
     from ptp.cli.training_progress import TrainingProgress
-    from ptp.evaluation.acceptance import simulated_tokens_per_call
     from ptp.experiment import Experiment
     from ptp.stages.train import train
 
     experiment = Experiment.load(directory, overrides or [])
-    with resumable(), progress_bar() as progress:
-        result = train(experiment, [TrainingProgress(progress, "training steps")], progress)
-    note(f"trained on {result.num_trained:,} of {result.num_tokens:,} tokens")
-    if experiment.config.model.student is not None:
-        note(f"held-out windows: {sum(result.survival):.2f} drafts right; student in {experiment.adapter}")
-        return
-    simulated = simulated_tokens_per_call(result.survival, budget, experiment.config.model.lead)
-    note(
-        f"held-out windows: {sum(result.survival):.2f} drafts right before the first error, "
-        f"simulated {simulated:.2f} tokens per call at budget {budget}; adapter in {experiment.adapter}"
-    )
+    with resumable():
+        with progress_bar() as progress:
+            result = train(experiment, [TrainingProgress(progress, "training steps")], progress)
+        if rank() > 0:
+            return
+        is_student = experiment.config.model.student is not None
+        note(f"trained on {result.num_trained:,} of {result.num_tokens:,} tokens")
+        note(
+            f"held-out windows: {sum(result.survival):.2f} drafts right before the first error; "
+            f"{'student' if is_student else 'adapter'} in {experiment.adapter}"
+        )
+        if is_student:
+            note("tokens per call not measured: nothing decodes with a student yet")
+            return
+        if measured:
+            say_measured(experiment, budget)
     note(f"next: ptp verify {directory} --report")
+
+
+def say_measured(experiment: Experiment, budget: int) -> None:
+    """Decode, and say what came of it; what stops decoding, a lack of memory above all, leaves the training done."""
+    from ptp.evaluation.measurement import described, learns_from_itself, measure
+
+    try:
+        with progress_bar() as progress:
+            found = measure(experiment, budget, progress)
+    except (PTPError, RuntimeError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        note(f"tokens per call not measured, but the adapter is whole: {reason}")
+        return
+    for line in described(found, learns_from_itself(experiment)):
+        note(line)
 
 
 def main() -> None:

@@ -9,13 +9,17 @@ import numpy as np
 from ptp.decoding.allocation import allocate
 
 SIMULATED_CALLS = 1000
+"""Of a text so long that its start does not matter."""
 
 
-def simulated_tokens_per_call(survival: Sequence[float], budget: int, lead: int) -> float:
+def simulated_tokens_per_call(
+    survival: Sequence[float], budget: int, lead: int, num_calls: int = SIMULATED_CALLS
+) -> float:
     """τ that decoding would reach if every draft were accepted as the profile says.
 
     Follows the chance of having m drafts at hand from call to call: each call verifies what the allocation chooses
-    and leaves the chosen branch's drafts for the next. Confidences are the profile's own conditional rates.
+    and leaves the chosen branch's drafts for the next. Confidences are the profile's own conditional rates. num_calls:
+    calls of a text, the first of which has no drafts yet.
     """
     window = len(survival)
     rates = [s / before if before > 0 else 0.0 for s, before in zip(survival, [1.0, *survival], strict=False)]
@@ -23,7 +27,7 @@ def simulated_tokens_per_call(survival: Sequence[float], budget: int, lead: int)
     at_hand = np.zeros(window + 1)
     at_hand[0] = 1.0
     total = 0.0
-    for _ in range(SIMULATED_CALLS):
+    for _ in range(num_calls):
         following, tokens = np.zeros(window + 1), 1.0
         for m, share in enumerate(at_hand):
             if share == 0:
@@ -36,4 +40,4 @@ def simulated_tokens_per_call(survival: Sequence[float], budget: int, lead: int)
                 tokens += share * exactly * accepted
         at_hand = following
         total += tokens
-    return total / SIMULATED_CALLS
+    return total / num_calls

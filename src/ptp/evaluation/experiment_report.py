@@ -6,7 +6,7 @@ import datetime
 import os
 import platform
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -23,6 +23,7 @@ from ptp.model.loading import load_base_model, load_tokenizer
 from ptp.model.ptp_model import PTPModel
 from ptp.stages import Progress, unheard
 from ptp.stages.train import read_training_result, validation_prompts
+from ptp.training.curves import BY_INDEX, Curve
 
 DECODED = "prompts decoded both ways"
 
@@ -117,9 +118,30 @@ def make_report(experiment: Experiment, verification: Verification, budget: int)
             _speed("plain decoding", verification.tokens_per_second(parallel=False)),
             _speed("PTP", verification.tokens_per_second(parallel=True)),
         ],
-        curves={name: [(int(step), value) for step, value in points] for name, points in result.curves.items()},
+        curves=figures(result.curves),
         settings=settings,
     )
+
+
+FIGURES = {
+    "Loss": {"training": "loss", "validation": "eval_loss"},
+    "Drafts right before the first error": {"training": "correct", "validation": "eval_correct"},
+    "Simulated tokens per call": {"training": "tokens_per_call", "validation": "eval_tokens_per_call"},
+    "Tokens per second": {"training": "tokens_per_second"},
+}
+"""Names of the curves that are drawn together, by their figure's title and what they are called there."""
+
+
+def figures(curves: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
+    """The curves of a training by figure and line (see `Report`)."""
+    accuracies = {f"index {name.removeprefix(BY_INDEX)}": name for name in curves if name.startswith(BY_INDEX)}
+    lines_of = FIGURES | {"Accuracy by window index": accuracies}
+    return {
+        title: {
+            line: [(int(step), value) for step, value in curves[name]] for line, name in names.items() if name in curves
+        }
+        for title, names in lines_of.items()
+    }
 
 
 def hardware() -> str:

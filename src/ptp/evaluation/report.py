@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -54,7 +54,8 @@ class Report:
     num_prompts: texts compared with plain decoding; of these num_near_ties differ only where u lies within rounding
     error of an interval's edge, and num_mismatches differ otherwise.
     accepted_per_call: accepted tokens of every call. accuracy_by_index: share of right tokens by window index.
-    speeds: plain decoding first. curves: (step, value) by name. settings: key → value by section.
+    speeds: plain decoding first. curves: of each figure, by its title, the (step, value) of each line, by its name.
+    settings: key → value by section.
     """
 
     title: str
@@ -72,7 +73,7 @@ class Report:
     accepted_per_call: list[int]
     accuracy_by_index: list[float]
     speeds: list[Speed]
-    curves: dict[str, list[tuple[int, float]]]
+    curves: dict[str, dict[str, list[tuple[int, float]]]]
     settings: dict[str, dict[str, str]]
 
 
@@ -97,7 +98,11 @@ def render(report: Report) -> str:
         mean_accepted=sum(accepted) / len(accepted) if accepted else None,
         accepted_plot=accepted_plot(accepted) if accepted else None,
         accuracy_plot=accuracy_plot(report.accuracy_by_index) if report.accuracy_by_index else None,
-        curve_plots={name: curve_plot(points) for name, points in report.curves.items() if _finite(points)},
+        curve_plots={
+            title: curve_plot(lines)
+            for title, lines in report.curves.items()
+            if any(_finite(points) for points in lines.values())
+        },
         speed_scale=max((speed.spread[1] for speed in report.speeds), default=0) or 1,
         light_hues=LIGHT_HUES,
         dark_hues=DARK_HUES,
@@ -205,6 +210,17 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Line:
+    """A quantity over training steps. last: its last value. tone, opacity: what tells it from the other lines."""
+
+    name: str
+    points: list[Point]
+    last: str
+    tone: str
+    opacity: float
+
+
+@dataclass(frozen=True)
 class Tick:
     at: float
     label: str
@@ -212,14 +228,18 @@ class Tick:
 
 @dataclass(frozen=True)
 class Plot:
-    """One drawing: its axes and either bars or a line."""
+    """One drawing: its axes and either bars or lines."""
 
     x_label: str
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     bars: list[Bar]
-    line: list[Point]
-    last: str = ""
+    lines: list[Line]
+
+    @property
+    def named_lines(self) -> list[Line]:
+        """Both of two lines; of more, which fade from the first to the last, these two."""
+        return self.lines if len(self.lines) <= 2 else [self.lines[0], self.lines[-1]]
 
 
 def accepted_plot(accepted_per_call: Sequence[int]) -> Plot:
@@ -258,27 +278,42 @@ def _bar_plot(shares: Sequence[float], titles: Sequence[str], x_label: str, top_
     # A rare top bar may need percents with a decimal: 0.5%, 1.0%.
     decimals = 0 if y_values[1] - y_values[0] >= 0.01 else 1
     y_ticks = [Tick(_y(value, y_values), f"{value:.{decimals}%}") for value in y_values]
-    return Plot(x_label, x_ticks, y_ticks, bars, line=[])
+    return Plot(x_label, x_ticks, y_ticks, bars, lines=[])
 
 
-def curve_plot(points: Sequence[tuple[int, float]], max_points: int = 400) -> Plot:
-    """A quantity over training steps; of a long curve every n-th point and the last are drawn."""
-    kept = _finite(points)
-    kept = kept[:: math.ceil(len(kept) / max_points)] + ([kept[-1]] if len(kept) > max_points else [])
-    x_values = ticks(min(0, kept[0][0]), max(kept[-1][0], 1), 4)
-    x_low, x_high = x_values[0], max(kept[-1][0], 1)
-    y_values = ticks(min(value for _, value in kept), max(value for _, value in kept))
+FAINTEST = 0.2
+"""Opacity of the last of many lines."""
+
+
+def curve_plot(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Plot:
+    """Quantities over training steps, by name; two lines differ in colour, of more each is fainter than the last."""
+    kept = {name: finite for name, points in curves.items() if (finite := _finite(points))}
+    steps = [step for points in kept.values() for step, _ in points]
+    values = [value for points in kept.values() for _, value in points]
+    x_values = ticks(min(0, *steps), max(1, *steps), 4)
+    x_low, x_high = x_values[0], max(1, *steps)
+    y_values = ticks(min(values), max(values))
 
     def x_at(step: float) -> float:
         return PlotBox.left + (PlotBox.right - PlotBox.left) * (step - x_low) / (x_high - x_low)
 
+    fading = (1 - FAINTEST) / (len(kept) - 1) if len(kept) > 2 else 0.0
+    lines = [
+        Line(
+            name,
+            [Point(x_at(step), _y(value, y_values)) for step, value in points],
+            last=f"{points[-1][1]:,.0f}" if abs(points[-1][1]) >= 1000 else f"{points[-1][1]:.4g}",
+            tone="second" if len(kept) == 2 and number == 1 else "first",
+            opacity=1 - fading * number,
+        )
+        for number, (name, points) in enumerate(kept.items())
+    ]
     return Plot(
         "step",
         [Tick(x_at(step), tick_label(step, x_values)) for step in x_values if step <= x_high],
         [Tick(_y(value, y_values), tick_label(value, y_values)) for value in y_values],
         bars=[],
-        line=[Point(x_at(step), _y(value, y_values)) for step, value in kept],
-        last=f"{kept[-1][1]:.4g}",
+        lines=lines,
     )
 
 

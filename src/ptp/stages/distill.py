@@ -113,7 +113,7 @@ class Answers:
     num_prompts: int | None = None
     completions_per_prompt: int = 1
     lora_rank: int = 32
-    tracker: Tracker = "none"
+    tracker: Tracker = "tensorboard"
 
     def scheme(self, found: Survey) -> str:
         """The prompt scheme, as far as it is decided."""

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
 
 from ptp.data.documents import Documents
 from ptp.data.split import held_out
@@ -25,10 +26,14 @@ from ptp.records import differences
 from ptp.scaling import build_student
 from ptp.stages import Progress, unheard
 from ptp.stages.prepare import prepare
+from ptp.training.curves import Curve, curves
 from ptp.training.trainer import PTPTrainer, check_trackers, evaluate_windows
 
 TRAINING_RESULT = "training.json"
 """In the adapter directory; written last."""
+
+MEASUREMENT = "measurement.json"
+"""Beside it, what decoding with the adapter reached (see `ptp.evaluation.measurement`)."""
 
 SETTINGS = "settings.json"
 """Beside the checkpoints: what they are made with."""
@@ -46,8 +51,8 @@ class TrainingResult:
 
     accuracy: right predictions by window index. survival: the acceptance profile. validation_loss: mean over targets.
     num_masked: targets the sampling rule gives no mass. num_tokens, num_trained: tokens of the training documents, and
-    those of them in spans. curves: (step, value) by name. config: all settings of the run, overrides included, as
-    `ExperimentConfig` has them.
+    those of them in spans. curves: (step, value) by their names in the Trainer's log. config: all settings of the run,
+    overrides included, as `ExperimentConfig` has them.
     """
 
     accuracy: list[float]
@@ -56,7 +61,7 @@ class TrainingResult:
     num_masked: int
     num_tokens: int
     num_trained: int
-    curves: dict[str, list[tuple[int, float]]]
+    curves: dict[str, Curve]
     config: dict[str, Any]
 
 
@@ -106,9 +111,12 @@ def train(
     keep_settings(experiment, data, model.base_fingerprint)
     experiment.record_run("train", data.fingerprint)
     trainer = PTPTrainer(model, settings, rule, data.training, experiment.checkpoints, callbacks)
+    write_events_to(experiment.events, trainer)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(experiment.checkpoints))
     metrics = evaluate_windows(model, data.validation, settings, rule)
     model.survival = metrics.survival
+    # Of the adapter before.
+    (experiment.adapter / MEASUREMENT).unlink(missing_ok=True)
     model.save_pretrained(experiment.adapter)
     result = TrainingResult(
         accuracy=metrics.accuracy,
@@ -118,12 +126,17 @@ def train(
         num_tokens=int(data.training.lengths.sum()),
         num_trained=int(data.training.num_trained.sum()),
         config=experiment.config.model_dump(mode="json"),
-        curves={
-            "training loss": [(int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row]
-        },
+        curves=curves(trainer.state.log_history),
     )
     write_atomically(experiment.adapter / TRAINING_RESULT, json.dumps(asdict(result), indent=2).encode() + b"\n")
     return result
+
+
+def write_events_to(directory: Path, trainer: Trainer) -> None:
+    """Have tensorboard's events, if the trainer writes any, in a directory; a resumed run adds a file to it."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(directory)
 
 
 def keep_settings(experiment: Experiment, data: TrainingData, base_fingerprint: str) -> None:
