@@ -1,13 +1,21 @@
-"""Key-value caches: one whose rollback is an integer, and one whose rows come and go."""
+"""Key-value caches: one whose rollback is an integer, one whose rows come and go, and one that goes two ways."""
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
+
+
+def fork(cache: DynamicCache) -> DynamicCache:
+    """A cache of the same keys and values that grows by itself: appending to a `DynamicCache` makes new tensors."""
+    forked = copy(cache)
+    forked.layers = [copy(layer) for layer in cache.layers]
+    return forked
 
 
 class RollbackLayer(CacheLayerMixin):

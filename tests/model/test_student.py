@@ -292,7 +292,7 @@ def test_completions_without_intervals_are_refused(experiment: Experiment, tmp_p
     lines = [json.dumps({"prompt": f"def f{n}", "completion": f"(x): return {n}"}) + "\n" for n in range(40)]
     (tmp_path / "own.jsonl").write_text("".join(lines))
     import_completions(experiment, tmp_path / "own.jsonl")
-    with pytest.raises(ConfigError, match=r"a student \(model.student\) needs intervals, and .* holds none") as caught:
+    with pytest.raises(ConfigError, match=r"training all weights .* needs intervals, and .* holds none") as caught:
         train(experiment)
     assert "\n" not in str(caught.value)
     assert not experiment.checkpoints.exists()

@@ -25,8 +25,8 @@ def command(
     with resumable(), progress_bar() as progress:
         result = train(experiment, [TrainingProgress(progress, "training steps")], progress)
     note(f"trained on {result.num_trained:,} of {result.num_tokens:,} tokens")
-    if experiment.config.model.student is not None:
-        note(f"held-out windows: {sum(result.survival):.2f} drafts right; student in {experiment.adapter}")
+    if experiment.config.model.trains_all:
+        note(f"held-out windows: {sum(result.survival):.2f} drafts right; the model is in {experiment.adapter}")
         return
     simulated = simulated_tokens_per_call(result.survival, budget, experiment.config.model.lead)
     note(

@@ -89,14 +89,15 @@ def training_data(experiment: Experiment, progress: Progress = unheard) -> Train
 def train(
     experiment: Experiment, callbacks: Sequence[TrainerCallback] = (), progress: Progress = unheard
 ) -> TrainingResult:
-    """Train the adapter, or the student, from the last complete checkpoint if there is one."""
+    """Train the adapter, or all weights, from the last complete checkpoint if there is one."""
     settings, rule = experiment.config.train, experiment.config.sampling
     check_trackers(settings.report_to)
     data = training_data(experiment, progress)
-    if experiment.config.model.student is not None and not data.training.has_intervals:
+    if experiment.config.model.trains_all and not settings.inverse and not data.training.has_intervals:
         raise ConfigError(
-            f"a student (model.student) needs intervals, and {experiment.completions} holds none: they are stored only "
-            "where ptp_pregenerate samples with the base model itself, not by an endpoint or an import"
+            "training all weights (model.student or model.trained=all) needs intervals, and "
+            f"{experiment.completions} holds none: they are stored only where ptp_pregenerate samples with the base "
+            "model itself, not by an endpoint or an import"
         )
     check_lengths(np.concatenate([data.training.lengths, data.validation.lengths]), settings.sequence_length)
     # Weights are drawn after seeding, so that a run and its repetition start alike.
@@ -155,7 +156,7 @@ def keep_settings(experiment: Experiment, data: TrainingData, base_fingerprint: 
 
 
 def new_model(experiment: Experiment) -> PTPModel:
-    """The base model with an adapter that has learnt nothing yet, or a student of it that has not either."""
+    """The base model with an adapter that has learnt nothing yet, or a student of it that has not, or all to train."""
     config = experiment.config
     base_model = load_base_model(experiment.base_model)
     # That of the checkpoint's own dtype: rounded to float16, it would be another model's.
@@ -165,6 +166,8 @@ def new_model(experiment: Experiment) -> PTPModel:
     if config.model.student is not None:
         student = build_student(config.model.student, base_model.config, config.train.sequence_length)
         return StudentModel(student, config.model, experiment.base_model, found).to(base_model.device)
+    if config.model.trains_all:
+        return StudentModel(to_dtype(base_model, "float32"), config.model, experiment.base_model, found)
     model = PTPModel(to_dtype(base_model, config.train.dtype), config.model)
     model.base_fingerprint = found
     return model

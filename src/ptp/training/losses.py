@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptp.model.head import RowLoss
-from ptp.sampling import SamplingRule, warp
+from ptp.sampling import LogitsOf, SamplingRule, warp
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,6 @@ def window_targets(ids: Tensor, span: Tensor, starts: Tensor, mass: Tensor, wind
         valid=in_span & mass.gather(1, flat).view_as(index),
         in_span=in_span,
     )
-
-
-LogitsOf = Callable[[Tensor], Tensor]
-"""Hidden states (..., H) → logits (..., V)."""
 
 
 def window_loss(

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
@@ -17,9 +18,9 @@ from ptp.data.documents import Documents
 from ptp.data.packing import WindowStream, collate
 from ptp.errors import ConfigError
 from ptp.model.head import ROWS, summed_loss
-from ptp.model.ptp_model import PTPModel, TrainingPass
+from ptp.model.ptp_model import PTPModel, TrainingPass, states_before
 from ptp.processes import world_size
-from ptp.sampling import SamplingRule
+from ptp.sampling import SamplingRule, token_intervals
 from ptp.training.losses import Targets, window_loss, window_targets
 from ptp.training.metrics import WindowMetrics, predictions
 from ptp.training.optimizers import make_optimizer
@@ -48,12 +49,13 @@ class PTPTrainer(Trainer):
         stream = make_stream(documents, config, window)
         num_processes = world_size()
         num_steps = config.num_steps(len(stream.sequences), num_processes)
-        is_student = model.ptp_config.student is not None
         stream.length = num_steps * config.batch_size * config.gradient_accumulation_steps * num_processes
         super().__init__(
             model=model,
-            # All of a student's weights learn: in bfloat16 alone, steps as small as theirs would be rounded away.
-            args=_arguments(config, num_steps, output_dir, bf16=is_student and config.dtype == "bfloat16"),
+            # Where all weights learn, steps as small as theirs would be rounded away in bfloat16 alone.
+            args=_arguments(
+                config, num_steps, output_dir, bf16=model.ptp_config.trains_all and config.dtype == "bfloat16"
+            ),
             train_dataset=stream,
             data_collator=collate,
             optimizers=(make_optimizer(config.optimizer, model.named_parameters(), config.learning_rate), None),
@@ -64,7 +66,9 @@ class PTPTrainer(Trainer):
         self.weights = config.position_decay ** torch.arange(window, dtype=torch.float32, device=model.device)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        return training_loss(model, inputs, self.rule, self.weights, self.config.distillation)
+        return training_loss(
+            model, inputs, self.rule, self.weights, self.config.distillation, inverse=self.config.inverse
+        )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         self.model.save_pretrained(cast(str, output_dir or self.args.output_dir))
@@ -88,16 +92,20 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def training_loss(
-    model: nn.Module, batch: dict[str, Tensor], rule: SamplingRule, weights: Tensor, distillation: float
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    rule: SamplingRule,
+    weights: Tensor,
+    distillation: float,
+    inverse: bool = False,
 ) -> Tensor:
     """Cross-entropy of the window's tokens, plus `distillation` times the KL to the teacher.
 
-    batch: the fields of a `PackedBatch`; weights: (L,).
+    batch: the fields of a `PackedBatch`; weights: (L,); inverse: u is drawn under the model's own distributions.
     """
-    output = model(**batch)
+    output = model(**batch, inverse=inverse)
     own = cast(PTPModel, getattr(model, "module", model))
-    targets = targets_of(output, batch, own.ptp_config)
-    return loss_of(own, output, targets, weights, rule, distillation)
+    return loss_of(own, output, batch, weights, rule, distillation, inverse)
 
 
 def targets_of(output: TrainingPass, batch: dict[str, Tensor], config: PTPConfig) -> Targets:
@@ -105,18 +113,43 @@ def targets_of(output: TrainingPass, batch: dict[str, Tensor], config: PTPConfig
     return window_targets(batch["ids"], batch["span"], batch["starts"], output.mass, config.window, config.shift)
 
 
+def trained_outputs(
+    model: PTPModel, output: TrainingPass, batch: dict[str, Tensor], inverse: bool
+) -> tuple[Tensor, Targets]:
+    """Hidden states (B, N, K, H) that the loss is of, and what they should predict: those of windows, K = L.
+
+    Inverse autoregressive training lowers −log of a window's whole likelihood. That of its first token, which the
+    context predicts, belongs to it where the context learns: K = L + 1.
+    """
+    config, starts = model.ptp_config, batch["starts"]
+    windows = output.windows.unflatten(1, (-1, config.window))
+    if not (inverse and model.learns_to_read):
+        return windows, targets_of(output, batch, config)
+    states = torch.cat([states_before(starts, output.context).unsqueeze(2), windows], dim=2)
+    first = config.shift - 1
+    return states, window_targets(batch["ids"], batch["span"], starts, output.mass, config.window + 1, first)
+
+
 def loss_of(
-    model: PTPModel, output: TrainingPass, targets: Targets, weights: Tensor, rule: SamplingRule, distillation: float
+    model: PTPModel,
+    output: TrainingPass,
+    batch: dict[str, Tensor],
+    weights: Tensor,
+    rule: SamplingRule,
+    distillation: float,
+    inverse: bool,
 ) -> Tensor:
     """The loss of a training pass."""
     config = model.ptp_config
+    states, targets = trained_outputs(model, output, batch, inverse)
     # C-PTP's windows are warped by the rule when they are used; the loss sees them so.
     warped = config.variant == "categorical" and rule.temperature > 0
     return window_loss(
-        output.windows.unflatten(1, (-1, config.window)),
+        states,
         output.context,
         targets,
-        weights,
+        # A window's first token weighs as much as what its first position predicts.
+        F.pad(weights, (states.shape[2] - config.window, 0), value=1.0),
         rule,
         summed=partial(summed_loss, model.base_model),
         logits_of=model.logits,
@@ -127,7 +160,12 @@ def loss_of(
 
 @torch.no_grad()
 def evaluate_windows(model: PTPModel, documents: Documents, config: TrainConfig, rule: SamplingRule) -> WindowMetrics:
-    """Measure predictions on held-out documents, u uniform in its interval, one pass or more over them."""
+    """Measure predictions on held-out documents, u uniform in its interval, one pass or more over them.
+
+    Under inverse autoregressive training the loss is the one trained, but u drawn in a model's own intervals picks the
+    right token whatever it predicts. What is right is told by intervals of who is to verify: those stored, or those of
+    the context's distributions.
+    """
     was_training = model.training
     model.eval()
     settings, window = model.ptp_config, model.ptp_config.window
@@ -140,9 +178,11 @@ def evaluate_windows(model: PTPModel, documents: Documents, config: TrainConfig,
     for begin in range(0, len(stream), config.batch_size):
         items = [stream[i] for i in range(begin, min(begin + config.batch_size, len(stream)))]
         batch = {name: tensor.to(model.device) for name, tensor in collate(items).items()}
-        output = model(**batch)
+        output = model(**batch, inverse=config.inverse)
+        loss = loss_of(model, output, batch, weights, rule, distillation=0.0, inverse=config.inverse)
+        if config.inverse:
+            output = model(**with_intervals(batch, output, model, rule))
         targets = targets_of(output, batch, settings)
-        loss = loss_of(model, output, targets, weights, rule, distillation=0.0)
         states, u = output.windows.flatten(0, 1), output.u[..., 1:].flatten()
         predicted = [
             predictions(model.logits(rows), numbers, settings, rule)
@@ -151,6 +191,17 @@ def evaluate_windows(model: PTPModel, documents: Documents, config: TrainConfig,
         metrics.add(torch.cat(predicted).view_as(targets.token_ids), targets, float(loss))
     model.train(was_training)
     return metrics
+
+
+def with_intervals(
+    batch: dict[str, Tensor], output: TrainingPass, model: PTPModel, rule: SamplingRule
+) -> dict[str, Tensor]:
+    """The batch with its stored intervals, or else those of the context's own distributions."""
+    if "lower" in batch:
+        return batch
+    wanted = (batch["span"] >= 0) & (batch["positions"] > 0)
+    lower, upper = token_intervals(output.context, model.logits, batch["ids"], wanted, rule)
+    return batch | {"lower": lower, "upper": upper}
 
 
 def make_stream(documents: Documents, config: TrainConfig, window: int) -> WindowStream:
