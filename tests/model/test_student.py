@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from trainings import CONFIG, RULE, Kill
 from transformers import (
     AutoModelForCausalLM,
+    LlamaConfig,
     LlamaForCausalLM,
     TrainerCallback,
 )
@@ -31,6 +32,7 @@ from ptp.model.adapter import fingerprint, read_settings
 from ptp.model.ptp_model import PTPModel
 from ptp.model.student import StudentModel
 from ptp.scaling import build_student
+from ptp.stages import train as stage
 from ptp.stages.pregenerate import import_completions, pregenerate
 from ptp.stages.train import last_complete_checkpoint, read_training_result, train
 from ptp.training import trainer
@@ -286,6 +288,50 @@ def test_the_stages_train_a_student_that_the_programs_refuse_to_decode_with(expe
     done = CliRunner().invoke(app, ["generate", str(experiment.directory), "--prompt", "def"])
     assert isinstance(done.exception, AdapterError)
     assert "a separate drafter" in str(done.exception)
+
+
+def test_a_base_model_whose_own_weights_train_starts_from_them_and_moves_in_float32(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pregenerate(experiment)
+    base = AutoModelForCausalLM.from_pretrained(experiment.base_model, dtype=torch.bfloat16)
+    base.save_pretrained(experiment.base_model)
+    monkeypatch.setattr(stage, "check_teacher", lambda *_: None)
+    settings = ["model.student=null", "model.trained=all", "train.dtype=bfloat16", "train.learning_rate=1e-5"]
+    train(Experiment.load(experiment.directory, [*settings, "train.max_steps=2"]))
+    tuned = AutoModelForCausalLM.from_pretrained(experiment.adapter / "student")
+    assert tuned.config.architectures == base.config.architectures
+    moved = [(p.detach() - base.get_parameter(name).float()).abs() for name, p in tuned.named_parameters()]
+    # Two steps of AdamW are at most twice the learning rate: far less than bfloat16 tells apart.
+    assert np.mean([float((step > 0).float().mean()) for step in moved]) > 0.9
+    assert max(float(step.max()) for step in moved) < 3e-5
+    with pytest.raises(AdapterError, match=r"\(model.trained=all\) cannot verify what it drafts") as caught:
+        PTPModel.from_pretrained(experiment.directory)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_fine_tuned_base_model_learns_completions_and_is_saved_like_a_student(
+    teacher: LlamaForCausalLM, documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    def new_model() -> StudentModel:
+        torch.manual_seed(0)
+        config = LlamaConfig(**{**teacher.config.to_dict(), "tie_word_embeddings": tied})
+        model = StudentModel(LlamaForCausalLM(config), PTPConfig(window=4, trained="all"), "some/base", "")
+        model.rule = RULE
+        return model
+
+    monkeypatch.setattr(trainer, "EVALUATION_WINDOWS", 100)
+    model, few, batch = new_model(), documents.select(np.arange(4)), batch_of(documents)
+    before = evaluate_windows(model, few, CONFIG, RULE)
+    trainer_of(model, few, tmp_path, max_steps=40, save_every=40).train()
+    assert evaluate_windows(model, few, CONFIG, RULE).mean_loss < 0.5 * before.mean_loss
+    loaded = new_model()
+    assert not torch.equal(loaded(**batch).windows, model(**batch).windows)
+    loaded.load_adapter(tmp_path / "checkpoint-40")
+    assert torch.equal(loaded(**batch).windows, model(**batch).windows)
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-40" / "student")
+    assert torch.equal(alone(batch["ids"]).logits, model.base_model(batch["ids"]).logits)
 
 
 def test_completions_without_intervals_are_refused(experiment: Experiment, tmp_path: Path) -> None:

@@ -187,7 +187,8 @@ def test_the_loss_is_minus_log_of_a_window_s_likelihood_of_which_a_frozen_contex
 
 @pytest.mark.parametrize("kind", ["llama", "student", "fine-tuned"])
 def test_gradients_are_those_of_the_loss_with_u_as_given_numbers(make_model: Callable, kind: str) -> None:
-    model, batch = make_model(kind), batch_of()
+    # Of the embeddings, one through which a gradient could pass.
+    model, batch = make_model(kind, auxiliary="linear"), batch_of()
     loss = training_loss(model, batch, RULE, torch.ones(WINDOW), 0.0, inverse=True)
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -244,6 +245,30 @@ def test_a_few_documents_are_learnt(
     assert after.mean_loss < 0.6 * before.mean_loss
     assert same({name: weights(model)[name] for name in frozen}, frozen)
     assert bool(frozen) == (kind == "llama")
+
+
+def chain(num_tokens: int, draw: np.random.Generator) -> np.ndarray:
+    """Tokens of which each leaves two for the next, and any after three: one of eight, the last three bits drawn."""
+    bits = draw.integers(0, 2, num_tokens + 2)
+    return (4 * bits[:-2] + 2 * bits[1:-1] + bits[2:]).astype(np.int32)
+
+
+def test_a_model_from_scratch_learns_to_read_u(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "EVALUATION_WINDOWS", 500)
+    draw = np.random.default_rng(0)
+    both = [Documents.of([Document(chain(24, draw), ((1, 24),)) for _ in range(count)]) for count in (100, 20)]
+    changes = {"sequence_length": 24, "max_steps": 100, "save_every": 100}
+    config = TrainConfig(**{**dict(INVERSE), **changes})
+    torch.manual_seed(0)
+    student = build_student(SIZE, LlamaConfig(vocab_size=8), 24)
+    settings = PTPConfig(variant="categorical", window=2, student=SIZE, auxiliary="linear")
+    model = StudentModel(student, settings, "teacher", "")
+    model.rule = SamplingRule()
+    PTPTrainer(model, config, model.rule, both[0], tmp_path).train()
+    loss = evaluate_windows(model, both[1], config, model.rule).mean_loss
+    # A window's three tokens have one unknown bit each for who knows those before it, by u, and else one, two, three.
+    bit = np.log(2)
+    assert bit < loss < 1.5 * bit
 
 
 @pytest.mark.parametrize("kind", ["llama", "student"])
