@@ -1,15 +1,14 @@
 """Categorical PTP from scratch by inverse autoregressive training, against plain autoregression: validation perplexity.
 
     python benchmarks/paper/perplexity.py FILE_OR_FOLDER_OF_TEXTS
-    python benchmarks/paper/perplexity.py FOLDER --size 34M --device cuda --window 16 --sequence-length 1024 \
-        --vocab-size 8192 --steps 20000 --learning-rate 5e-4
+    python benchmarks/paper/perplexity.py FOLDER --device cuda --size 34M --vocab-size 8192 --sequence-length 1024 ...
 
-The paper's experiment (19.88 against 19.81), small: minutes on a CPU as it stands. Two Llamas of a rung of the ladder
-start from the same weights and learn the same sequences in the same order, as many steps, with as many targets a
-step: one by transformers' own next-token loss, one in windows, each of whose tokens is predicted from the context and
-from u of the window's tokens before it. What differs: every place is a target of plain training once a pass, while
-windows start at random, so some places are targets of several windows and some of none; and PTP reads its windows
-besides the context, which doubles the positions of a step (and more, with the calls that draw u).
+The paper's experiment (19.88 against 19.81) in small: about ten minutes on a CPU as it stands, with a vocabulary of
+single bytes. Two Llamas of one size start from the same weights and learn the same sequences in the same order, as many
+steps, with as many targets a step: one by transformers' own next-token loss, one in windows, each of whose tokens is
+predicted from the context and from u of the window's tokens before it. What differs: every place is a target of plain
+training once a pass, while windows start at random, so some places are targets of several windows and some of none; and
+PTP reads its windows besides the context, once to draw u and once to learn, which makes a step more than twice the work.
 
 PTP's perplexity is exp(−mean log P_k(t_k)) over window positions, u drawn uniformly in each token's interval under the
 model's own distribution. The model generates text by picking tokens with uniform u, so it generates t with probability
@@ -37,11 +36,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedModel, get_linear_schedule_with_warmup
 
-from ptp.config import PTPConfig, TrainConfig
+from ptp.config import PTPConfig, StudentConfig, TrainConfig
 from ptp.data.documents import Document, Documents
 from ptp.data.packing import WindowStream, collate
 from ptp.demo import make_tokenizer
 from ptp.evaluation.experiment_report import hardware
+from ptp.model.auxiliary import EMBEDDINGS
 from ptp.model.student import StudentModel
 from ptp.sampling import SamplingRule
 from ptp.scaling import LADDER, build_student
@@ -50,6 +50,9 @@ from ptp.training.trainer import make_stream, trained_outputs, training_loss
 
 VALIDATION_SHARE = 20
 """The last piece in so many of the text is for validation."""
+
+SIZES = {"small": StudentConfig(hidden_size=128, num_layers=4, num_heads=2), **LADDER}
+"""The smallest rungs have too few layers to turn u into a token, and that into what follows."""
 
 NAMES = ("plain autoregression", "PTP in windows", "PTP one by one")
 Batch = dict[str, Tensor]
@@ -60,7 +63,7 @@ def read_pieces(path: Path, vocab_size: int, length: int) -> tuple[list[np.ndarr
     files = sorted(path.rglob("*.*")) if path.is_dir() else [path]
     text = "\n\n".join(file.read_text(encoding="utf-8") for file in files if file.suffix in (".txt", ".md"))
     lines = text.splitlines(keepends=True)
-    tokenizer = make_tokenizer(lines[: -(len(lines) // VALIDATION_SHARE)], vocab_size)
+    tokenizer = make_tokenizer(lines[: len(lines) - len(lines) // VALIDATION_SHARE], vocab_size)
     encoded = tokenizer(lines, add_special_tokens=False)["input_ids"]
     ids = np.concatenate([np.asarray(line, np.int32) for line in encoded])
     pieces = np.split(ids[: len(ids) // length * length], len(ids) // length)
@@ -140,18 +143,22 @@ def measure(plain: PreTrainedModel, ptp: StudentModel, validation: list[Batch]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", type=Path)
-    parser.add_argument("--size", default="525k", choices=LADDER)
-    parser.add_argument("--window", type=int, default=8)
-    parser.add_argument("--vocab-size", type=int, default=512)
-    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--size", default="small", choices=SIZES)
+    parser.add_argument("--window", type=int, default=4)
+    parser.add_argument("--vocab-size", type=int, default=259)
+    parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--beta", type=float, default=0.3, help="concentration of u's place in its interval, training")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--optimizer", default="muon", choices=["adamw", "muon"])
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--auxiliary", default="linear", choices=EMBEDDINGS)
+    parser.add_argument(
+        "--beta", type=float, default=1.0, help="of u in training; 1 is what perplexity is measured with"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args()
-    size, window, length, device = LADDER[options.size], options.window, options.sequence_length, options.device
+    size, window, length, device = SIZES[options.size], options.window, options.sequence_length, options.device
 
     config = TrainConfig(
         objective="inverse_autoregressive",
@@ -160,6 +167,7 @@ def main() -> None:
         sequence_length=length,
         # As many targets as plain training has: every token of a sequence but its first.
         windows_per_sequence=max(1, round((length - 1) / (window + 1))),
+        optimizer=options.optimizer,
         learning_rate=options.learning_rate,
         warmup_steps=options.steps // 10,
         beta=options.beta,
@@ -176,7 +184,8 @@ def main() -> None:
         return build_student(size, LlamaConfig(vocab_size=options.vocab_size), length).to(device)
 
     plain = new_student()
-    ptp = StudentModel(new_student(), PTPConfig(variant="categorical", window=window, student=size), "", "").to(device)
+    settings = PTPConfig(variant="categorical", window=window, auxiliary=options.auxiliary, student=size)
+    ptp = StudentModel(new_student(), settings, teacher="", teacher_fingerprint="").to(device)
     ptp.rule = rule = SamplingRule()
     weights = torch.ones(window, device=device)
     print(f"{len(training)} pieces of {length} tokens; plain autoregression", file=sys.stderr)
@@ -190,7 +199,8 @@ def main() -> None:
     by_place, overall = (sums / counts).exp(), (sums.sum(1) / counts.sum()).exp()
     print(
         f"{hardware()}; {options.size}, windows of {window}, vocabulary {options.vocab_size}, {options.steps} steps of "
-        f"{options.batch} sequences of {length}, learning rate {options.learning_rate:g}; "
+        f"{options.batch} sequences of {length}, {options.optimizer} {options.learning_rate:g}, beta {options.beta:g}, "
+        f"{options.auxiliary} embedding; "
         f"{int(counts.sum())} validation tokens; {seconds[0]:.0f} s and {seconds[1]:.0f} s of training\n"
     )
     print(f"| perplexity | {' | '.join(NAMES)} |\n|---|---|---|---|")
