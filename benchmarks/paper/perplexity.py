@@ -8,7 +8,7 @@ single bytes. Two Llamas of one size start from the same weights and learn the s
 steps, with as many targets a step: one by transformers' own next-token loss, one in windows, each of whose tokens is
 predicted from the context and from u of the window's tokens before it. What differs: every place is a target of plain
 training once a pass, while windows start at random, so some places are targets of several windows and some of none; and
-PTP reads its windows besides the context, once to draw u and once to learn, which makes a step more than twice the work.
+PTP reads its windows besides the context, once to draw u and once to learn: a step is more than twice the work.
 
 PTP's perplexity is exp(−mean log P_k(t_k)) over window positions, u drawn uniformly in each token's interval under the
 model's own distribution. The model generates text by picking tokens with uniform u, so it generates t with probability
