@@ -48,7 +48,7 @@ from ptp.evaluation.experiment_report import hardware
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
 from ptp.scaling import LADDER
-from ptp.training.trainer import make_stream, training_loss
+from ptp.training.objective import Objective, make_stream, measured_pass
 
 VOCABULARY, WINDOW = 32_000, 16
 RULE = SamplingRule(temperature=0.7, top_k=50, top_p=0.95)
@@ -131,10 +131,11 @@ def ptp_step(model: PreTrainedModel, setup: Setup) -> Step:
     if setup.device == "cuda":
         use_flex_attention(ptp.base_model)
     optimizer = torch.optim.AdamW([p for p in ptp.parameters() if p.requires_grad], lr=1e-4)
-    inputs, weights = ptp_batch(setup), torch.ones(WINDOW, device=setup.device)
+    inputs, objective = ptp_batch(setup), Objective(RULE, torch.ones(WINDOW, device=setup.device))
+    num_targets = objective.num_items(inputs, ptp)
 
     def step() -> None:
-        training_loss(ptp, inputs, RULE, weights, 0.0).backward()
+        (measured_pass(ptp, inputs, objective)[0] / num_targets).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -12,7 +12,7 @@ from ptp.data.documents import Document, Documents
 from ptp.data.packing import collate
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
-from ptp.training.trainer import make_stream, training_loss
+from ptp.training.objective import Objective, make_stream, measured_pass
 
 RULE = SamplingRule(temperature=0.7, top_k=20)
 CONFIG = TrainConfig(
@@ -53,10 +53,24 @@ def random_batch(
     return collate([stream[i] for i in range(len(stream))])
 
 
+def step_loss(
+    model: PTPModel,
+    batch: dict[str, Tensor],
+    rule: SamplingRule = RULE,
+    weights: Tensor | None = None,
+    distillation: float = 0.0,
+    inverse: bool = False,
+) -> Tensor:
+    """The loss of a step by itself, a mean over its targets."""
+    weights = torch.ones(model.ptp_config.window) if weights is None else weights
+    objective = Objective(rule, weights, distillation, inverse)
+    return measured_pass(model, batch, objective)[0] / objective.num_items(batch, model)
+
+
 def loss_and_gradients(model: PTPModel, batch: dict[str, Tensor], distillation: float = 0.0) -> dict[str, Tensor]:
     """The loss of a step, under the name "loss", and the gradient of everything that learns."""
     model.zero_grad()
-    loss = training_loss(model, batch, RULE, torch.ones(model.ptp_config.window, device=model.device), distillation)
+    loss = step_loss(model, batch, distillation=distillation)
     loss.backward()
     learns = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in learns.values())

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 
@@ -171,6 +171,13 @@ class PassCache(Cache):
             return key_states, value_states
         keys, values = self.context.states[layer_idx]
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
+
+    def growing(self) -> DynamicCache:
+        """A cache that begins with the keys and values of this pass, and to which calls append."""
+        cache = DynamicCache()
+        for layer, (keys, values) in sorted(self.states.items()):
+            cache.update(keys, values, layer)
+        return cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.context.states[layer_idx][0].shape[2] if self.context is not None else 0

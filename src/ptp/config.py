@@ -43,7 +43,9 @@ class PTPConfig(Record):
     auxiliary, auxiliary_size: name and size of the embedding of u (see `ptp.model.auxiliary`).
     anchor: add the embedding of the last context token to no window position, the "first", or "all".
     lora_rank, lora_alpha, lora_targets: the gated LoRA; targets are "all-linear" or last parts of module names.
-    student: train a student of this size in place of a LoRA; the lora_ settings then say nothing.
+    trained: a gated "lora" on the frozen base model, or "all" weights of the base model, without a gate.
+    student: train a student of this size in place of the base model, all its weights. Where all weights train, the
+        lora_ settings say nothing.
     """
 
     variant: Literal["one_hot", "categorical"] = "one_hot"
@@ -54,7 +56,13 @@ class PTPConfig(Record):
     lora_rank: int = Field(32, ge=1)
     lora_alpha: float = Field(32.0, gt=0)
     lora_targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    trained: Literal["lora", "all"] = "lora"
     student: StudentConfig | None = None
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights train: no gate, and no frozen base model to verify with."""
+        return self.trained == "all" or self.student is not None
 
     @property
     def shift(self) -> int:
@@ -189,19 +197,22 @@ class PregenerateConfig(Record):
 
 
 class TrainConfig(Record):
-    """How the adapter, or the student, is trained.
+    """How the adapter, or a model all of whose weights train, is trained.
 
-    max_steps: optimiser steps; num_epochs: passes over the data in their place. batch_size: packed sequences per step
-    and process, gradient_accumulation_steps times. sequence_length: tokens of one. windows_per_sequence: N. dtype: of
-    the base model's weights; a student's are float32, and computed with in dtype. beta: concentration of u's place in
-    its interval (METHOD §3). distillation: weight of the KL to the teacher beside the cross-entropy's 1 (categorical
-    only). position_decay: γ, weight γ^k of window index k. gradient_checkpointing: keep less for the backward pass and
-    compute it again there, for less memory and more time. save_every: steps between checkpoints, each evaluated on
-    held-out windows; save_minutes: minutes between further ones. log_every: steps between rows of metrics. budget:
-    positions of a decoding call that τ is simulated for. fsdp: several processes share the weights. report_to:
+    objective: whose intervals u lies in: the "teacher"'s, so that windows learn to say what it would; or the model's
+    own, which is "inverse_autoregressive" training without a teacher (categorical only; METHOD §3). max_steps:
+    optimiser steps; num_epochs: passes over the data in their place. batch_size: packed sequences per step and
+    process, gradient_accumulation_steps times. sequence_length: tokens of one. windows_per_sequence: N. dtype: of the
+    base model's weights; where all weights train they are float32, and computed with in dtype. beta: concentration of
+    u's place in its interval (METHOD §3). distillation: weight of the KL to the teacher beside the cross-entropy's 1
+    (categorical only). position_decay: γ, weight γ^k of window index k. gradient_checkpointing: keep less for the
+    backward pass and compute it again there, for less memory and more time. save_every: steps between checkpoints, each
+    evaluated on held-out windows; save_minutes: minutes between further ones. log_every: steps between rows of metrics.
+    budget: positions of a decoding call that τ is simulated for. fsdp: several processes share the weights. report_to:
     trackers, as transformers names them.
     """
 
+    objective: Literal["teacher", "inverse_autoregressive"] = "teacher"
     max_steps: int | None = Field(2000, ge=1)
     num_epochs: float | None = Field(None, gt=0)
     batch_size: int = Field(8, ge=1)
@@ -233,10 +244,18 @@ class TrainConfig(Record):
             )
         return self
 
+    @property
+    def inverse(self) -> bool:
+        """Whether u is drawn in intervals of the model's own distributions."""
+        return self.objective == "inverse_autoregressive"
+
     def num_steps(self, num_sequences: int, num_processes: int = 1) -> int:
         """Optimiser steps for a data set that packs into so many sequences."""
         if self.max_steps is not None:
             return self.max_steps
         assert self.num_epochs is not None
-        a_step = self.batch_size * self.gradient_accumulation_steps * num_processes
-        return max(1, round(self.num_epochs * num_sequences / a_step))
+        return max(1, round(self.num_epochs * num_sequences / self.sequences_per_step(num_processes)))
+
+    def sequences_per_step(self, num_processes: int = 1) -> int:
+        """Packed sequences of an optimiser step, of all processes."""
+        return self.batch_size * self.gradient_accumulation_steps * num_processes

@@ -251,5 +251,6 @@ def demo_config(size: DemoSize) -> ExperimentConfig:
             optimizer="muon",
             warmup_steps=min(20, size.adapter_steps // 4),
             save_every=200,
+            budget=size.budget,
         ),
     )

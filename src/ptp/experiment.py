@@ -57,18 +57,39 @@ class ExperimentConfig(Record):
         return self
 
     @model_validator(mode="after")
-    def _student(self) -> ExperimentConfig:
-        if self.model.student is None:
+    def _inverse(self) -> ExperimentConfig:
+        if not self.train.inverse:
             return self
-        if not self.data.distils:
+        if self.model.variant != "categorical":
             raise ValueError(
-                "model.student needs the base model's completions, whose intervals it learns from; "
-                f"data.mode {self.data.mode} has none: choose prompt-distill or prompt-scheme-distill"
+                "train.objective inverse_autoregressive needs model.variant categorical: a one_hot window has no "
+                "distribution to draw u under"
+            )
+        if not self.sampling.gives_all_tokens:
+            raise ValueError(
+                "train.objective inverse_autoregressive needs an interval for every token: set sampling.top_k to 0, "
+                f"sampling.top_p to 1 and sampling.temperature above 0; got {self.sampling}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _all_weights(self) -> ExperimentConfig:
+        if not self.model.trains_all:
+            return self
+        what = "model.student" if self.model.student is not None else "model.trained=all"
+        if not (self.data.distils or self.train.inverse):
+            raise ValueError(
+                f"{what} needs the base model's completions, whose intervals it learns from; data.mode "
+                f"{self.data.mode} has none: choose prompt-distill or prompt-scheme-distill, or train without a "
+                "teacher by train.objective=inverse_autoregressive"
             )
         if self.train.distillation > 0:
-            raise ValueError("train.distillation needs the base model's logits, which no student sees: set it to 0")
+            raise ValueError(
+                f"train.distillation needs the base model's logits, which training with {what} does not compute: set "
+                "it to 0"
+            )
         if self.train.dtype == "float16":
-            raise ValueError("model.student cannot be trained in train.dtype float16; choose bfloat16 or float32")
+            raise ValueError(f"{what} cannot be trained in train.dtype float16; choose bfloat16 or float32")
         return self
 
 

@@ -78,6 +78,11 @@ class SamplingRule(Record):
             )
         return value
 
+    @property
+    def gives_all_tokens(self) -> bool:
+        """Whether every token has an interval, whatever the logits."""
+        return self.temperature > 0 and self.top_k == 0 and self.top_p == 1
+
     def __str__(self) -> str:
         order = self.order if isinstance(self.order, str) else "permutation"
         return f"temperature {self.temperature:g}, top-k {self.top_k}, top-p {self.top_p:g}, {order} order"
@@ -168,21 +173,34 @@ def probability(distribution: Distribution, tokens: Tensor) -> Tensor:
 
 
 INTERVAL_ROWS = 1024
-"""Rows of logits warped at a time, which bounds the memory of `token_intervals`."""
+"""Rows of logits warped at a time, which bounds the memory of `row_intervals`."""
+
+LogitsOf = Callable[[Tensor], Tensor]
+"""Hidden states (..., H) → logits (..., V)."""
+
+
+def row_intervals(states: Tensor, logits_of: LogitsOf, tokens: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
+    """Intervals of tokens (R,) under the distributions of hidden states (R, H): lower and upper, each (R,) float32.
+
+    Logits of some rows at a time are made and forgotten.
+    """
+    parts = zip(states.split(INTERVAL_ROWS), tokens.split(INTERVAL_ROWS), strict=True)
+    edges = [torch.stack(interval(warp(logits_of(rows), rule), chosen)) for rows, chosen in parts]
+    lower, upper = torch.cat(edges, dim=1)
+    return lower, upper
 
 
 def token_intervals(
-    states: Tensor, logits_of: Callable[[Tensor], Tensor], ids: Tensor, wanted: Tensor, rule: SamplingRule
+    states: Tensor, logits_of: LogitsOf, ids: Tensor, wanted: Tensor, rule: SamplingRule
 ) -> tuple[Tensor, Tensor]:
     """Intervals of the tokens of whole sequences: that of token j under the distribution row j − 1 gives.
 
-    states: (B, S, H), of which `logits_of` makes logits, (R, H) → (R, V), of some rows at a time. ids: (B, S); wanted:
-    (B, S) bool, not at j = 0. Returns (lower, upper), (B, S) float32, zero where not wanted.
+    states: (B, S, H); ids: (B, S); wanted: (B, S) bool, not at j = 0. Returns (lower, upper), (B, S) float32, zero
+    where not wanted.
     """
     edges = states.new_zeros(2, *ids.shape, dtype=torch.float32)
-    for row, place in zip(*(index.split(INTERVAL_ROWS) for index in torch.nonzero(wanted, as_tuple=True)), strict=True):
-        distribution = warp(logits_of(states[row, place - 1]), rule)
-        edges[:, row, place] = torch.stack(interval(distribution, ids[row, place]))
+    row, place = torch.nonzero(wanted, as_tuple=True)
+    edges[:, row, place] = torch.stack(row_intervals(states[row, place - 1], logits_of, ids[row, place], rule))
     return edges[0], edges[1]
 
 

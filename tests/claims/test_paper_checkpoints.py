@@ -145,7 +145,7 @@ def inputs(tiny_llama: Callable[..., LlamaForCausalLM], tmp_path_factory: pytest
 def test_the_stages_take_every_directory(
     name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ptp.training.trainer.EVALUATION_WINDOWS", 64)
+    monkeypatch.setattr("ptp.training.objective.EVALUATION_WINDOWS", 64)
     facts, directory = FACTS[name], tmp_path / name
     shutil.copytree(PAPER / name, directory)
     overrides = [

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from trainings import CONFIG, RULE, Kill
 from transformers import (
     AutoModelForCausalLM,
+    LlamaConfig,
     LlamaForCausalLM,
     TrainerCallback,
 )
@@ -31,10 +32,11 @@ from ptp.model.adapter import fingerprint, read_settings
 from ptp.model.ptp_model import PTPModel
 from ptp.model.student import StudentModel
 from ptp.scaling import build_student
+from ptp.stages import train as stage
 from ptp.stages.pregenerate import import_completions, pregenerate
-from ptp.stages.train import last_complete_checkpoint, read_training_result, train
-from ptp.training import trainer
-from ptp.training.trainer import PTPTrainer, evaluate_windows, make_stream
+from ptp.stages.train import read_training_result, train
+from ptp.training.objective import evaluate_windows, make_stream
+from ptp.training.trainer import PTPTrainer, last_complete_checkpoint
 
 SIZE = StudentConfig(hidden_size=32, num_layers=2, num_heads=2)
 
@@ -106,7 +108,7 @@ def test_a_student_learns_as_if_each_window_and_the_context_it_reads_were_one_se
         context = batch["ids"][0, start - position : start]
         embed = model.token_embedding
         anchored = {"none": 0, "first": torch.eye(4)[0], "all": torch.ones(4)}[anchor]
-        inputs = model.auxiliary(output.u[0, number]) + torch.as_tensor(anchored)[..., None] * embed(context[-1])
+        inputs = model.auxiliary(output.u[0, number, :4]) + torch.as_tensor(anchored)[..., None] * embed(context[-1])
         first = position - (variant == "one_hot")
         whole = torch.cat([embed(context), inputs])
         logits = model.base_model(
@@ -140,7 +142,7 @@ def test_a_student_overfits_a_few_completions(
     variant: str,
     dtype: str,
 ) -> None:
-    monkeypatch.setattr(trainer, "EVALUATION_WINDOWS", 100)
+    monkeypatch.setattr("ptp.training.objective.EVALUATION_WINDOWS", 100)
     model, few = new_student(variant=variant), documents.select(np.arange(4))
     before = evaluate_windows(model, few, CONFIG, RULE)
     trainer_of(model, few, tmp_path, max_steps=60, save_every=60, dtype=dtype).train()
@@ -288,11 +290,55 @@ def test_the_stages_train_a_student_that_the_programs_refuse_to_decode_with(expe
     assert "a separate drafter" in str(done.exception)
 
 
+def test_a_base_model_whose_own_weights_train_starts_from_them_and_moves_in_float32(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pregenerate(experiment)
+    base = AutoModelForCausalLM.from_pretrained(experiment.base_model, dtype=torch.bfloat16)
+    base.save_pretrained(experiment.base_model)
+    monkeypatch.setattr(stage, "check_teacher", lambda *_: None)
+    settings = ["model.student=null", "model.trained=all", "train.dtype=bfloat16", "train.learning_rate=1e-5"]
+    train(Experiment.load(experiment.directory, [*settings, "train.max_steps=2"]))
+    tuned = AutoModelForCausalLM.from_pretrained(experiment.adapter / "student")
+    assert tuned.config.architectures == base.config.architectures
+    moved = [(p - base.get_parameter(name).float()).detach().abs() for name, p in tuned.named_parameters()]
+    # Two steps of AdamW are at most twice the learning rate: far less than bfloat16 tells apart.
+    assert np.mean([float((step > 0).float().mean()) for step in moved]) > 0.9
+    assert max(float(step.max()) for step in moved) < 3e-5
+    with pytest.raises(AdapterError, match=r"\(model.trained=all\) cannot verify what it drafts") as caught:
+        PTPModel.from_pretrained(experiment.directory)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_fine_tuned_base_model_learns_completions_and_is_saved_like_a_student(
+    teacher: LlamaForCausalLM, documents: Documents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    def new_model() -> StudentModel:
+        torch.manual_seed(0)
+        config = LlamaConfig(**{**teacher.config.to_dict(), "tie_word_embeddings": tied})
+        model = StudentModel(LlamaForCausalLM(config), PTPConfig(window=4, trained="all"), "some/base", "")
+        model.rule = RULE
+        return model
+
+    monkeypatch.setattr("ptp.training.objective.EVALUATION_WINDOWS", 100)
+    model, few, batch = new_model(), documents.select(np.arange(4)), batch_of(documents)
+    before = evaluate_windows(model, few, CONFIG, RULE)
+    trainer_of(model, few, tmp_path, max_steps=40, save_every=40).train()
+    assert evaluate_windows(model, few, CONFIG, RULE).mean_loss < 0.5 * before.mean_loss
+    loaded = new_model()
+    assert not torch.equal(loaded(**batch).windows, model(**batch).windows)
+    loaded.load_adapter(tmp_path / "checkpoint-40")
+    assert torch.equal(loaded(**batch).windows, model(**batch).windows)
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-40" / "student")
+    assert torch.equal(alone(batch["ids"]).logits, model.base_model(batch["ids"]).logits)
+
+
 def test_completions_without_intervals_are_refused(experiment: Experiment, tmp_path: Path) -> None:
     lines = [json.dumps({"prompt": f"def f{n}", "completion": f"(x): return {n}"}) + "\n" for n in range(40)]
     (tmp_path / "own.jsonl").write_text("".join(lines))
     import_completions(experiment, tmp_path / "own.jsonl")
-    with pytest.raises(ConfigError, match=r"a student \(model.student\) needs intervals, and .* holds none") as caught:
+    with pytest.raises(ConfigError, match=r"training all weights .* needs intervals, and .* holds none") as caught:
         train(experiment)
     assert "\n" not in str(caught.value)
     assert not experiment.checkpoints.exists()

@@ -36,7 +36,7 @@ from ptp.stages.train import (
     validation_prompts,
 )
 from ptp.training.losses import window_targets
-from ptp.training.trainer import make_stream
+from ptp.training.objective import make_stream
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 WEIGHTS = ("adapter_model.safetensors", "auxiliary.safetensors")

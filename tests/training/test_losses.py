@@ -83,17 +83,16 @@ def log_softmax(row: Tensor) -> list[float]:
 
 
 def slow_cross_entropy(logits: Tensor, targets: Targets, weights: Tensor) -> float:
-    losses, total = 0.0, 0.0
+    losses = 0.0
     for b, n, k in targets.valid.nonzero().tolist():
         losses -= float(weights[k]) * log_softmax(logits[b, n, k])[int(targets.token_ids[b, n, k])]
-        total += float(weights[k])
-    return losses / total
+    return losses
 
 
 def slow_divergence(
     logits: Tensor, teacher_logits: Tensor, targets: Targets, temperature: float, top_k: int, weights: Tensor
 ) -> float:
-    losses, total = 0.0, 0.0
+    losses = 0.0
     for b, n, k in targets.valid.nonzero().tolist():
         row = teacher_logits[b, int(targets.index[b, n, k]) - 1].double() / temperature
         kept = row.topk(top_k).indices.tolist()
@@ -102,14 +101,13 @@ def slow_divergence(
         for token in kept:
             p = math.exp(float(row[token])) / mass
             losses += float(weights[k]) * p * (math.log(p) - student[token])
-        total += float(weights[k])
-    return losses / total
+    return losses
 
 
 def loss_of(
     logits: Tensor, targets: Targets, weights: Tensor, teacher_logits: Tensor | None = None, **settings: Any
 ) -> Tensor:
-    """`window_loss` of states that are logits already."""
+    """The total of `window_loss` of states that are logits already."""
     teacher_logits = torch.zeros(2, 9, logits.shape[-1]) if teacher_logits is None else teacher_logits
     rule = settings.pop("rule", SamplingRule())
     return window_loss(
@@ -121,10 +119,10 @@ def loss_of(
         summed=lambda rows, loss: loss(rows, slice(None)),
         logits_of=lambda rows: rows,
         **settings,
-    )
+    ).total
 
 
-def test_cross_entropy_is_the_weighted_mean_over_valid_targets() -> None:
+def test_cross_entropy_is_the_weighted_sum_over_valid_targets() -> None:
     generator = torch.Generator().manual_seed(0)
     logits, targets = torch.randn(2, 3, 4, 7, generator=generator), random_targets(generator, 7)
     for decay in (1.0, 0.8):
@@ -133,7 +131,7 @@ def test_cross_entropy_is_the_weighted_mean_over_valid_targets() -> None:
         assert float(loss_of(logits, targets, weights)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_divergence_is_the_weighted_mean_of_kl_to_the_teacher_s_warped_distribution() -> None:
+def test_divergence_is_the_weighted_sum_of_kl_to_the_teacher_s_warped_distribution() -> None:
     generator = torch.Generator().manual_seed(1)
     logits, targets = torch.randn(2, 3, 4, 7, generator=generator), random_targets(generator, 7)
     teacher_logits = torch.randn(2, 9, 7, generator=generator)

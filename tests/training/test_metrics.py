@@ -19,10 +19,11 @@ def batch(windows: list[str]) -> tuple[torch.Tensor, Targets]:
     return predicted, Targets(torch.full_like(predicted, 5), torch.ones_like(predicted), valid, in_span)
 
 
-def measured(config: PTPConfig, *batches: list[str], losses: tuple[float, ...] = (2.0,)) -> WindowMetrics:
-    metrics = WindowMetrics.empty(config)
+def measured(config: PTPConfig, *batches: list[str], losses: tuple[float, ...] = (20.0,)) -> WindowMetrics:
+    """Of batches of seven tokens, each with its summed loss."""
+    metrics = WindowMetrics.zeros(config)
     for windows, loss in zip(batches, losses, strict=True):
-        metrics.add(*batch(windows), loss)
+        metrics = metrics + WindowMetrics.of(*batch(windows), torch.tensor(loss), torch.tensor(7), config)
     return metrics
 
 
@@ -48,17 +49,30 @@ def test_the_first_output_of_one_hot_windows_is_no_draft() -> None:
 @pytest.mark.parametrize("variant", ["categorical", "one_hot"])
 def test_batches_measured_apart_add_up(variant: str) -> None:
     config = PTPConfig(window=3, variant=variant)
-    whole = measured(config, WINDOWS, losses=(2.3,))
-    # 4 and 6 of the 10 targets are in the parts, so that 2.3 is their mean loss.
-    split = measured(config, [WINDOWS[2], WINDOWS[3]], [WINDOWS[0], WINDOWS[1]], losses=(2.0, 2.5))
-    for name in ("correct", "counted", "survived", "tried"):
-        assert torch.equal(getattr(whole, name), getattr(split, name)), name
-    assert (whole.num_targets, whole.num_masked) == (split.num_targets, split.num_masked)
-    assert split.mean_loss == pytest.approx(whole.mean_loss)
+    whole = measured(config, WINDOWS, losses=(23.0,))
+    split = measured(config, [WINDOWS[2], WINDOWS[3]], [WINDOWS[0], WINDOWS[1]], losses=(8.0, 15.0))
+    assert float(split.tokens) == 2 * float(whole.tokens) == 14
+    assert split.rates() == pytest.approx(whole.rates())
+    assert split.survival == whole.survival
+
+
+def test_a_linear_function_reaches_every_sum() -> None:
+    metrics = measured(PTPConfig(window=3), WINDOWS)
+    doubled = metrics.mapped(lambda sums: 2 * sums)
+    assert all(torch.equal(twice, 2 * once) for twice, once in zip(doubled.parts(), metrics.parts(), strict=True))
+    assert doubled.rates() == pytest.approx(metrics.rates())
+
+
+def test_targets_that_are_not_judged_have_a_loss_and_nothing_right_or_wrong() -> None:
+    config = PTPConfig(window=3, variant="categorical")
+    unjudged = WindowMetrics.of(None, batch(WINDOWS)[1], torch.tensor(20.0), torch.tensor(7), config)
+    assert (unjudged.mean_loss, unjudged.num_targets, unjudged.num_masked) == (2.0, 10, 1)
+    assert not unjudged.counted.any()
+    assert not unjudged.tried.any()
 
 
 def test_nothing_measured_is_zero_not_a_crash() -> None:
-    metrics = WindowMetrics.empty(PTPConfig(window=3, variant="categorical"))
+    metrics = WindowMetrics.zeros(PTPConfig(window=3, variant="categorical"))
     assert metrics.accuracy == [0, 0, 0]
     assert metrics.survival == (0, 0, 0)
     assert (metrics.mean_loss, metrics.mean_correct) == (0, 0)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from trainings import CONFIG, RULE, Kill
+from trainings import CONFIG, RULE, Kill, step_loss
 from transformers import TrainerCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK
 
@@ -22,9 +22,9 @@ from ptp.model.checkpointing import checkpointed
 from ptp.model.loading import load_base_model
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule, probability, token_intervals, warp
-from ptp.stages.train import last_complete_checkpoint
 from ptp.training import trainer as module
-from ptp.training.trainer import PTPTrainer, check_trackers, evaluate_windows, make_stream, training_loss
+from ptp.training.objective import EVALUATION_WINDOWS, evaluate_windows, make_stream
+from ptp.training.trainer import PTPTrainer, check_trackers, last_complete_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +99,13 @@ def test_a_short_training_lowers_the_loss_whether_intervals_are_stored_or_not(
 def test_the_loss_is_the_same_with_intervals_stored_or_computed(
     directory: Path, completions: Documents, variant: str
 ) -> None:
-    model, weights = new_model(directory, variant), torch.ones(4)
+    model = new_model(directory, variant)
     stream = make_stream(without_intervals(completions), CONFIG, 4)
     batch = collate([stream[i] for i in range(4)])
     context = model(**batch).context
     lower, upper = token_intervals(context, model.logits, batch["ids"], batch["span"] >= 0, RULE)
-    stored = training_loss(model, {**batch, "lower": lower, "upper": upper}, RULE, weights, 0.0)
-    assert torch.equal(training_loss(model, batch, RULE, weights, 0.0), stored)
+    stored = step_loss(model, {**batch, "lower": lower, "upper": upper})
+    assert torch.equal(step_loss(model, batch), stored)
 
 
 @torch.no_grad()
@@ -125,8 +125,9 @@ def test_tokens_that_the_rule_cannot_give_are_masked_and_counted_when_intervals_
         ids = torch.from_numpy(text).long()
         mass = probability(warp(model.base_model(input_ids=ids[None]).logits[0, :-1], rule), ids[1:])
         masses[tuple(text)] = [False, *(mass > 0).tolist()]
-    stream = make_stream(documents, CONFIG, 5)
-    stream.length *= -(-module.EVALUATION_WINDOWS // (len(stream) * CONFIG.windows_per_sequence))
+    stream = make_stream(documents, CONFIG, 4)
+    stream.length *= -(-EVALUATION_WINDOWS // (len(stream) * CONFIG.windows_per_sequence))
+    stream.length = -(-stream.length // CONFIG.batch_size) * CONFIG.batch_size
     num_targets = num_masked = 0
     for item in (stream[i] for i in range(len(stream))):
         for start in item.starts.tolist():

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from signal import SIGINT, SIGTERM
 from typing import TextIO
 
 import typer
@@ -15,7 +16,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from ptp.errors import PTPError
+from ptp.errors import PTPError, Terminated
 from ptp.processes import rank
 
 # Brackets in a path or in a template's message are no markup.
@@ -50,12 +51,13 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def resumable() -> Iterator[None]:
-    """A block that goes on where it was stopped: Ctrl-C says so."""
+    """A block that goes on where it was stopped: Ctrl-C says so, and a signal to end that is heeded."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stop:
         note("stopped; what is done is kept, and the same command goes on from there")
-        raise typer.Exit(130) from None
+        # As a shell has it: 128 and the number of the signal.
+        raise typer.Exit(128 + (SIGTERM if isinstance(stop, Terminated) else SIGINT)) from None
 
 
 class Bars(RichProgress):

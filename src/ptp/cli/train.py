@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 def command(
     directory: Annotated[Path, typer.Argument(help="Experiment directory.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="Settings as section.key=value.")] = None,
-    budget: Annotated[int, typer.Option(min=0, help="Budget that the tokens per call at the end are for.")] = 24,
     measured: Annotated[
         bool, typer.Option("--measure/--no-measure", help="Decode held-out prompts at the end, to measure them.")
     ] = True,
@@ -34,27 +33,27 @@ def command(
             result = train(experiment, [TrainingProgress(progress, "training steps")], progress)
         if rank() > 0:
             return
-        is_student = experiment.config.model.student is not None
+        trains_all = experiment.config.model.trains_all
         note(f"trained on {result.num_trained:,} of {result.num_tokens:,} tokens")
         note(
             f"held-out windows: {sum(result.survival):.2f} drafts right before the first error; "
-            f"{'student' if is_student else 'adapter'} in {experiment.adapter}"
+            f"{'model' if trains_all else 'adapter'} in {experiment.adapter}"
         )
-        if is_student:
-            note("tokens per call not measured: nothing decodes with a student yet")
+        if trains_all:
+            note("tokens per call not measured: nothing decodes with a model all of whose weights were trained yet")
             return
         if measured:
-            say_measured(experiment, budget)
+            say_measured(experiment)
     note(f"next: ptp verify {directory} --report")
 
 
-def say_measured(experiment: Experiment, budget: int) -> None:
+def say_measured(experiment: Experiment) -> None:
     """Decode, and say what came of it; what stops decoding, a lack of memory above all, leaves the training done."""
     from ptp.evaluation.measurement import described, learns_from_itself, measure
 
     try:
         with progress_bar() as progress:
-            found = measure(experiment, budget, progress)
+            found = measure(experiment, experiment.config.train.budget, progress)
     except (PTPError, RuntimeError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         note(f"tokens per call not measured, but the adapter is whole: {reason}")

@@ -24,20 +24,15 @@ def simulated_tokens_per_call(
     window = len(survival)
     rates = [s / before if before > 0 else 0.0 for s, before in zip(survival, [1.0, *survival], strict=False)]
     plans = [allocate(rates[:m], survival, budget, remaining=10**6, lead=lead) for m in range(window + 1)]
-    at_hand = np.zeros(window + 1)
-    at_hand[0] = 1.0
-    total = 0.0
+    following, tokens = np.zeros((window + 1, window + 1)), np.ones(window + 1)
+    for m, plan in enumerate(plans):
+        reached = [1.0, *survival[: plan.num_drafts], 0.0]
+        for accepted, width in enumerate(plan.widths):
+            exactly = reached[accepted] - reached[accepted + 1]
+            following[m, width] += exactly
+            tokens[m] += exactly * accepted
+    at_hand, total = np.eye(window + 1)[0], 0.0
     for _ in range(num_calls):
-        following, tokens = np.zeros(window + 1), 1.0
-        for m, share in enumerate(at_hand):
-            if share == 0:
-                continue
-            plan = plans[m]
-            reached = [1.0, *survival[: plan.num_drafts], 0.0]
-            for accepted, width in enumerate(plan.widths):
-                exactly = reached[accepted] - reached[accepted + 1]
-                following[width] += share * exactly
-                tokens += share * exactly * accepted
-        at_hand = following
-        total += tokens
+        total += float(at_hand @ tokens)
+        at_hand = at_hand @ following
     return total / num_calls

@@ -21,6 +21,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ptp.config import PTPConfig
 from ptp.errors import AdapterError
@@ -94,11 +95,23 @@ def refer_to_base_model(adapter: Path, name: str) -> str:
     return os.path.relpath(name, adapter) if name and Path(name).is_dir() else name
 
 
-def save_adapter(directory: Path, base_model: nn.Module, auxiliary: nn.Module, settings: AdapterSettings) -> None:
-    """Write an adapter directory; each file appears whole or not at all, the settings last."""
+def save_adapter(
+    directory: Path,
+    base_model: nn.Module,
+    auxiliary: nn.Module,
+    settings: AdapterSettings,
+    is_main_process: bool = True,
+) -> None:
+    """Write an adapter directory; each file appears whole or not at all, the settings last.
+
+    Every process calls it that holds a shard of the weights, and the main one writes.
+    """
+    lora_weights, auxiliary_weights = gathered(_lora_weights(base_model)), gathered(auxiliary.state_dict())
+    if not is_main_process:
+        return
     directory.mkdir(parents=True, exist_ok=True)
-    write_weights(directory / LORA_WEIGHTS, _lora_weights(base_model))
-    write_weights(directory / AUXILIARY_WEIGHTS, auxiliary.state_dict())
+    write_weights(directory / LORA_WEIGHTS, lora_weights)
+    write_weights(directory / AUXILIARY_WEIGHTS, auxiliary_weights)
     lora = LoraConfig(
         r=settings.config.lora_rank,
         lora_alpha=settings.config.lora_alpha,  # type: ignore[arg-type] # PEFT only divides it by r
@@ -123,14 +136,24 @@ def write_settings(directory: Path, settings: AdapterSettings) -> None:
     _write(directory / SETTINGS, lambda path: Path(path).write_text(text))
 
 
+def gathered(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights whole, in float32 on the CPU; of those that are shards, all processes ask at the same time."""
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().float().cpu().contiguous()
+        for name, tensor in weights.items()
+    }
+
+
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """A safetensors file of the weights in float32, whole or not at all."""
-    stored = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items()}
-    _write(path, lambda temporary: save_file(stored, temporary, metadata={"format": "pt"}))
+    """A safetensors file of `gathered` weights, whole or not at all."""
+    _write(path, lambda temporary: save_file(dict(weights), temporary, metadata={"format": "pt"}))
 
 
 def fill(path: Path, parameters: Mapping[str, Tensor]) -> None:
-    """Read weights from a file into parameters; every key must match in name and shape, else `AdapterError`."""
+    """Read weights from a file into parameters, or this process's shards of them.
+
+    Raises `AdapterError` unless every key matches in name and shape.
+    """
     try:
         stored = load_file(path)
     except FileNotFoundError:
@@ -149,7 +172,10 @@ def fill(path: Path, parameters: Mapping[str, Tensor]) -> None:
                 raise AdapterError(
                     f"{path}: {name} has shape {tuple(stored[name].shape)}, expected {tuple(parameter.shape)}"
                 )
-            parameter.copy_(stored[name])
+            value = stored[name].to(parameter.device, parameter.dtype)
+            if isinstance(parameter, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            parameter.copy_(value)
 
 
 def _lora_weights(base_model: nn.Module) -> dict[str, Tensor]:

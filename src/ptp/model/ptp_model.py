@@ -35,7 +35,7 @@ from ptp.model.gated_lora import Gate, add_gated_lora
 from ptp.model.head import project
 from ptp.model.loading import cast_parameters, load_base_model, load_config, to_dtype
 from ptp.model.masks import context_mask, window_mask
-from ptp.sampling import SamplingRule, inside, token_intervals
+from ptp.sampling import SamplingRule, inside, row_intervals, token_intervals
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class TrainingPass:
     """Result of a training pass.
 
     windows: (B, N·L, H), context: (B, S, H), hidden states of the windows and of the context they stand behind, which
-    `PTPModel.logits` makes logits of. u: (B, N, ≥ L), drawn in the intervals. mass: (B, S) bool, whether the rule gives
-    a token any probability.
+    `PTPModel.logits` makes logits of. u: (B, N, ≥ L), drawn in the intervals. mass: (B, S) bool, whether a token of a
+    span has an interval.
     """
 
     windows: Tensor
@@ -128,10 +128,10 @@ class PTPModel(nn.Module):
         """Fill LoRA and auxiliary embedding from an adapter directory; every key and shape must match."""
         load_weights(adapter, self.base_model, self.auxiliary)
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write an adapter directory (see `ptp.model.adapter`)."""
+    def save_pretrained(self, directory: str | Path, is_main_process: bool = True) -> None:
+        """Write an adapter directory (see `ptp.model.adapter`); of several processes, the main one does."""
         directory = Path(directory)
-        save_adapter(directory, self.base_model, self.auxiliary, self.settings(directory))
+        save_adapter(directory, self.base_model, self.auxiliary, self.settings(directory), is_main_process)
 
     def settings(self, directory: Path) -> AdapterSettings:
         """What ptp_config.json says of this model in an adapter directory."""
@@ -228,51 +228,113 @@ class PTPModel(nn.Module):
         z: Tensor,
         lower: Tensor | None = None,
         upper: Tensor | None = None,
+        inverse: bool = False,
         then: Callable[[TrainingPass], Any] | None = None,
     ) -> Any:
         """Context pass without gradient, then one gated pass over all windows (METHOD §3). Returns a `TrainingPass`.
 
-        then: makes something else of it to return, while all weights are at hand: an engine that shards them (FSDP)
-        gathers them only inside this call. The other arguments are the fields of a `ptp.data.packing.PackedBatch`: ids, document, positions, span, lower, upper (B, S); starts
+        The fields of a `ptp.data.packing.PackedBatch`: ids, document, positions, span, lower, upper (B, S); starts
         (B, N); z (B, N, ≥ L), of which the first L are inputs. Where intervals are not given, they are those of the
-        base model's own distributions under `self.rule`.
+        base model's own distributions under `self.rule`. `inverse` takes instead, for inverse autoregressive training,
+        those of the distributions that the windows themselves predict (see `_own_u`). then: makes something else of the
+        pass, which is returned; an engine that shards the weights (FSDP) has them at hand only inside this call.
         """
         cache = PassCache()
         with nullcontext() if self.learns_to_read else torch.no_grad():
             context = self.read(ids, positions, context_mask(document), cache)
-        if lower is None or upper is None:
-            assert self.rule is not None, "intervals cannot be computed without a sampling rule"
-            assert not self.learns_to_read, "a student's own distributions are not its teacher's"
-            with torch.no_grad():
-                lower, upper = token_intervals(context, self.logits, ids, (span >= 0) & (positions > 0), self.rule)
-        u = inside(*self._of_windows(lower, upper, span, starts, z.shape[-1]), z)
-        windows = self._read_windows(u[..., : self.ptp_config.window], ids, document, positions, starts, cache)
-        output = TrainingPass(windows, context, u, upper > lower)
+        if inverse:
+            u, mass = self._own_u(context, ids, document, positions, span, starts, z, cache), span >= 0
+        else:
+            if lower is None or upper is None:
+                assert self.rule is not None, "intervals cannot be computed without a sampling rule"
+                assert not (self.learns_to_read and self.training), (
+                    "a student's own distributions are not its teacher's"
+                )
+                with torch.no_grad():
+                    lower, upper = token_intervals(context, self.logits, ids, (span >= 0) & (positions > 0), self.rule)
+            place, own = self._places(span, starts, z.shape[-1])
+            u, mass = inside(_at(lower, place) * own, _at(upper, place) * own, z), upper > lower
+        mask = window_mask(document, starts, self.ptp_config.window)
+        windows = self._read_windows(u[..., : self.ptp_config.window], ids, positions, starts, mask, PassCache(cache))
+        output = TrainingPass(windows, context, u, mass)
         return output if then is None else then(output)
 
+    @torch.no_grad()
+    def _own_u(
+        self,
+        context: Tensor,
+        ids: Tensor,
+        document: Tensor,
+        positions: Tensor,
+        span: Tensor,
+        starts: Tensor,
+        z: Tensor,
+        cache: PassCache,
+    ) -> Tensor:
+        """u (B, N, ≥ L), each in its token's interval under the model's own distribution, given the u before it.
+
+        The context before a window gives the distribution of its first token, hence u_0, which is read for that of the
+        next, hence u_1, and so on (METHOD §3). All windows are read together, one position of each at a time; their
+        keys stand behind the context's, one window index after the other. Every token must have an interval, so the
+        rule must not truncate: a model that has learnt nothing yet would truncate nearly all of them.
+        """
+        assert self.ptp_config.variant == "categorical", "a one-hot window has no distribution"
+        assert self.rule is not None and self.rule.gives_all_tokens, f"not every token has an interval: {self.rule}"
+        place, own = self._places(span, starts, z.shape[-1])
+        tokens = _at(ids, place)
+        growing, mask = cache.growing(), window_mask(document, starts, 1).dense()
+        own_keys = mask[..., ids.shape[1] :]
+        states = states_before(starts, context)
+        drawn: list[Tensor] = []
+        for k in range(z.shape[-1]):
+            if k > 0:
+                states = self._read_windows(drawn[-1].unsqueeze(-1), ids, positions, starts, mask, growing, index=k - 1)
+                mask = torch.cat([mask, own_keys], dim=-1)
+            lower, upper = row_intervals(states.flatten(0, 1), self.logits, tokens[..., k].flatten(), self.rule)
+            u = inside(lower.view_as(starts), upper.view_as(starts), z[..., k])
+            drawn.append(u * own[..., k])
+        return torch.stack(drawn, dim=-1)
+
     @staticmethod
-    def _of_windows(lower: Tensor, upper: Tensor, span: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The intervals (B, N, length) of each window's tokens from its start on; empty where its span is over."""
+    def _places(span: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Packed index (B, N, length) of each window's tokens from its start on; and whether its span holds them."""
         index = starts.unsqueeze(-1) + torch.arange(length, device=starts.device)
-        place = index.clamp(max=span.shape[1] - 1).flatten(1)
-        own = span.gather(1, place).view_as(index) == span.gather(1, starts).unsqueeze(-1)
-        own = own & (index < span.shape[1])
-        return lower.gather(1, place).view_as(index) * own, upper.gather(1, place).view_as(index) * own
+        place = index.clamp(max=span.shape[1] - 1)
+        return place, (_at(span, place) == span.gather(1, starts).unsqueeze(-1)) & (index < span.shape[1])
 
     def _read_windows(
-        self, u: Tensor, ids: Tensor, document: Tensor, positions: Tensor, starts: Tensor, cache: PassCache
+        self,
+        u: Tensor,
+        ids: Tensor,
+        positions: Tensor,
+        starts: Tensor,
+        mask: Mask | Tensor,
+        cache: Cache,
+        index: int = 0,
     ) -> Tensor:
-        """The gated pass over windows of u (B, N, L), which see the context's cache. Returns (B, N·L, H)."""
+        """The gated pass over positions of windows, those from `index` on, on top of a cache of all before them.
+
+        u: (B, N, W), of W positions each. Returns (B, N·W, H).
+        """
         window = u.shape[-1]
-        offsets = torch.arange(window, device=starts.device)
+        offsets = index + torch.arange(window, device=starts.device)
         anchor = ids.gather(1, starts - 1).unsqueeze(-1).expand(-1, -1, window)
         inputs = self.add_anchor(self.embed_u(u), anchor, (offsets == 0).expand_as(anchor)).flatten(1, 2)
         window_positions = (positions.gather(1, starts).unsqueeze(-1) + offsets + self.ptp_config.shift).flatten(1)
         if (longest := context_length(self.base_model.config)) is not None:
             # A window may run past the end of a document as long as the context; nothing there is trained.
             window_positions = window_positions.clamp(max=longest - 1)
-        mask = window_mask(document, starts, window)
-        return self.read(inputs, window_positions, mask, PassCache(cache), gate_start=0)
+        return self.read(inputs, window_positions, mask, cache, gate_start=0)
+
+
+def states_before(starts: Tensor, context: Tensor) -> Tensor:
+    """Of the context's hidden states (B, S, H), those that predict the first token of windows (B, N): (B, N, H)."""
+    return context.gather(1, (starts - 1).unsqueeze(-1).expand(-1, -1, context.shape[-1]))
+
+
+def _at(values: Tensor, place: Tensor) -> Tensor:
+    """Values (B, S) at packed indices (B, N, …)."""
+    return values.gather(1, place.flatten(1)).view_as(place)
 
 
 def end_token_ids(base_model: PreTrainedModel) -> list[int]:
@@ -282,11 +344,16 @@ def end_token_ids(base_model: PreTrainedModel) -> list[int]:
 
 
 def check_decodable(config: PTPConfig) -> None:
-    """Raises `AdapterError` for a student, which has no base model in it to verify what it drafts."""
+    """Raises `AdapterError` for a model all of whose weights train: no base model in it verifies what it drafts."""
     if config.student is not None:
         raise AdapterError(
             "a student trained from scratch is a separate drafter, which the decoder does not run yet; to decode, "
             "train an adapter with model.student=null"
+        )
+    if config.trained == "all":
+        raise AdapterError(
+            "a base model whose own weights were trained (model.trained=all) cannot verify what it drafts as the "
+            "base model would; to decode, train an adapter with model.trained=lora"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,20 @@ from ptp.data.documents import Documents
 from ptp.data.split import held_out
 from ptp.data.store import CompletionStore
 from ptp.errors import ConfigError, DataError
+from ptp.evaluation.acceptance import simulated_tokens_per_call
 from ptp.experiment import Experiment
 from ptp.files import write_atomically
 from ptp.model.adapter import fingerprint
 from ptp.model.loading import load_base_model, to_dtype
 from ptp.model.ptp_model import PTPModel
 from ptp.model.student import StudentModel
+from ptp.processes import world_size
 from ptp.records import differences
 from ptp.scaling import build_student
 from ptp.stages import Progress, unheard
 from ptp.stages.prepare import prepare
 from ptp.training.curves import Curve, curves
-from ptp.training.trainer import PTPTrainer, check_trackers, evaluate_windows
+from ptp.training.trainer import PTPTrainer, check_trackers, last_complete_checkpoint
 
 TRAINING_RESULT = "training.json"
 """In the adapter directory; written last."""
@@ -38,8 +41,11 @@ MEASUREMENT = "measurement.json"
 SETTINGS = "settings.json"
 """Beside the checkpoints: what they are made with."""
 
-MAY_CHANGE = ("max_steps", "num_epochs", "gradient_checkpointing", "save_every", "report_to")
-"""Settings that a training may go on without."""
+MAY_CHANGE = (
+    *("max_steps", "num_epochs", "save_every", "save_minutes", "log_every", "budget", "report_to"),
+    *("gradient_checkpointing", "fsdp", "batch_size", "gradient_accumulation_steps"),
+)
+"""Settings that a training may go on with others of, as long as its steps are of as many sequences."""
 
 TEXT_PROMPT_TOKENS = 64
 """Tokens of a plain text that are its prompt, where one is wanted, but for texts less than twice as long."""
@@ -94,14 +100,15 @@ def training_data(experiment: Experiment, progress: Progress = unheard) -> Train
 def train(
     experiment: Experiment, callbacks: Sequence[TrainerCallback] = (), progress: Progress = unheard
 ) -> TrainingResult:
-    """Train the adapter, or the student, from the last complete checkpoint if there is one."""
+    """Train the adapter, or all weights, from the last complete checkpoint if there is one."""
     settings, rule = experiment.config.train, experiment.config.sampling
     check_trackers(settings.report_to)
     data = training_data(experiment, progress)
-    if experiment.config.model.student is not None and not data.training.has_intervals:
+    if experiment.config.model.trains_all and not settings.inverse and not data.training.has_intervals:
         raise ConfigError(
-            f"a student (model.student) needs intervals, and {experiment.completions} holds none: they are stored only "
-            "where ptp_pregenerate samples with the base model itself, not by an endpoint or an import"
+            "training all weights (model.student or model.trained=all) needs intervals, and "
+            f"{experiment.completions} holds none: they are stored only where ptp_pregenerate samples with the base "
+            "model itself, not by an endpoint or an import"
         )
     check_lengths(np.concatenate([data.training.lengths, data.validation.lengths]), settings.sequence_length)
     # Weights are drawn after seeding, so that a run and its repetition start alike.
@@ -110,14 +117,23 @@ def train(
     model.rule = rule
     keep_settings(experiment, data, model.base_fingerprint)
     experiment.record_run("train", data.fingerprint)
-    trainer = PTPTrainer(model, settings, rule, data.training, experiment.checkpoints, callbacks)
+    trainer = PTPTrainer(
+        model,
+        settings,
+        rule,
+        data.training,
+        experiment.checkpoints,
+        callbacks,
+        validation=data.validation,
+        tokens_per_call=partial(simulated_tokens_per_call, budget=settings.budget, lead=experiment.config.model.lead),
+    )
     write_events_to(experiment.events, trainer)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(experiment.checkpoints))
-    metrics = evaluate_windows(model, data.validation, settings, rule)
+    metrics = trainer.measure()
     model.survival = metrics.survival
     # Of the adapter before.
     (experiment.adapter / MEASUREMENT).unlink(missing_ok=True)
-    model.save_pretrained(experiment.adapter)
+    trainer.save_model(str(experiment.adapter))
     result = TrainingResult(
         accuracy=metrics.accuracy,
         survival=list(metrics.survival),
@@ -128,7 +144,8 @@ def train(
         config=experiment.config.model_dump(mode="json"),
         curves=curves(trainer.state.log_history),
     )
-    write_atomically(experiment.adapter / TRAINING_RESULT, json.dumps(asdict(result), indent=2).encode() + b"\n")
+    if trainer.args.should_save:
+        write_atomically(experiment.adapter / TRAINING_RESULT, json.dumps(asdict(result), indent=2).encode() + b"\n")
     return result
 
 
@@ -153,6 +170,7 @@ def keep_settings(experiment: Experiment, data: TrainingData, base_fingerprint: 
         if key not in MAY_CHANGE
     }
     settings |= {
+        "number of sequences in a step": experiment.config.train.sequences_per_step(world_size()),
         "base model's fingerprint": base_fingerprint,
         "data's fingerprint": data.fingerprint,
         "number of training documents": len(data.training),
@@ -168,7 +186,7 @@ def keep_settings(experiment: Experiment, data: TrainingData, base_fingerprint: 
 
 
 def new_model(experiment: Experiment) -> PTPModel:
-    """The base model with an adapter that has learnt nothing yet, or a student of it that has not either."""
+    """The base model with an adapter that has learnt nothing yet, or a student of it that has not, or all to train."""
     config = experiment.config
     base_model = load_base_model(experiment.base_model)
     # That of the checkpoint's own dtype: rounded to float16, it would be another model's.
@@ -178,6 +196,8 @@ def new_model(experiment: Experiment) -> PTPModel:
     if config.model.student is not None:
         student = build_student(config.model.student, base_model.config, config.train.sequence_length)
         return StudentModel(student, config.model, experiment.base_model, found).to(base_model.device)
+    if config.model.trains_all:
+        return StudentModel(to_dtype(base_model, "float32"), config.model, experiment.base_model, found)
     model = PTPModel(to_dtype(base_model, config.train.dtype), config.model)
     model.base_fingerprint = found
     return model
@@ -191,12 +211,6 @@ def has_adapter(experiment: Experiment) -> bool:
 def read_training_result(experiment: Experiment) -> TrainingResult:
     """What `train` measured when it wrote the adapter."""
     return TrainingResult(**json.loads((experiment.adapter / TRAINING_RESULT).read_text()))
-
-
-def last_complete_checkpoint(directory: Path) -> str | None:
-    """The newest checkpoint whose writing was not cut short; the Trainer writes trainer_state.json last."""
-    complete = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json")]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
 
 
 def check_lengths(lengths: np.ndarray, sequence_length: int) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptp.model.head import RowLoss
-from ptp.sampling import SamplingRule, warp
+from ptp.sampling import LogitsOf, SamplingRule, warp
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,6 @@ def window_targets(ids: Tensor, span: Tensor, starts: Tensor, mass: Tensor, wind
     )
 
 
-LogitsOf = Callable[[Tensor], Tensor]
-"""Hidden states (..., H) → logits (..., V)."""
-
-
 Predict = Callable[[Tensor, slice], Tensor]
 """Logits (R, V) of some of the valid targets, and which of them they are → the tokens proposed, (R,)."""
 
@@ -62,12 +58,12 @@ class WindowLoss:
     """What windows lose and propose.
 
     total: () weighted sum over valid targets, with gradient. cross_entropy: () sum without weights or divergence.
-    predicted: (B, N, L) int64 proposed tokens, 0 where no target is valid.
+    predicted: (B, N, L) int64 proposed tokens, 0 where no target is valid; None where none were asked for.
     """
 
     total: Tensor
     cross_entropy: Tensor
-    predicted: Tensor
+    predicted: Tensor | None
 
 
 def window_loss(
@@ -79,7 +75,7 @@ def window_loss(
     *,
     summed: Callable[[Tensor, RowLoss], Tensor],
     logits_of: LogitsOf,
-    predict: Predict,
+    predict: Predict | None = None,
     temperature: float = 1.0,
     distillation: float = 0.0,
 ) -> WindowLoss:
@@ -100,8 +96,10 @@ def window_loss(
         if temperature != 1.0:  # the largest tensors there are: each pass over them counts
             scores = scores / temperature
         losses = F.cross_entropy(scores, tokens[part], reduction="none")
-        with torch.no_grad():
-            proposed[part], entropies[part] = predict(logits, part), losses
+        entropies[part] = losses.detach()
+        if predict is not None:
+            with torch.no_grad():
+                proposed[part] = predict(logits, part)
         if distillation > 0:
             with torch.no_grad():
                 teacher = warp(logits_of(context[sequence[part], before[part]]), rule).dense(scores.shape[-1])
@@ -109,7 +107,8 @@ def window_loss(
         return (losses * share[part]).sum()
 
     total = summed(windows[valid], loss)
-    return WindowLoss(total, entropies.sum(), torch.zeros_like(targets.token_ids).masked_scatter(valid, proposed))
+    predicted = torch.zeros_like(targets.token_ids).masked_scatter(valid, proposed) if predict is not None else None
+    return WindowLoss(total, entropies.sum(), predicted)
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class WindowMetrics:
 
     correct, counted: (L,) right and valid predictions by window index. survived, tried: (L − lead,) for each draft
     w, windows whose first w drafts are all right, of those whose first w − 1 are and whose w-th has a target.
-    cross_entropy: () its sum over valid targets. masked: () targets without mass. tokens: () tokens read.
+    cross_entropy, scored: () its sum over valid targets, and how many they are. masked: () targets without mass.
+    tokens: () tokens read.
     """
 
     correct: Tensor
@@ -34,6 +35,7 @@ class WindowMetrics:
     survived: Tensor
     tried: Tensor
     cross_entropy: Tensor
+    scored: Tensor
     masked: Tensor
     tokens: Tensor
 
@@ -41,25 +43,32 @@ class WindowMetrics:
     def zeros(cls, config: PTPConfig) -> WindowMetrics:
         """Nothing counted yet."""
         by_index, by_draft = torch.zeros(config.window), torch.zeros(config.num_drafts)
-        return cls(by_index, by_index, by_draft, by_draft, *torch.zeros(3))
+        return cls(by_index, by_index, by_draft, by_draft, *torch.zeros(4))
 
     @classmethod
     def of(
-        cls, predicted: Tensor, targets: Targets, cross_entropy: Tensor, tokens: Tensor, config: PTPConfig
+        cls, predicted: Tensor | None, targets: Targets, cross_entropy: Tensor, tokens: Tensor, config: PTPConfig
     ) -> WindowMetrics:
-        """Count a batch. predicted: (B, N, L); cross_entropy, tokens: ()."""
+        """Count a batch. predicted: (B, N, L), or None for targets that are not judged; cross_entropy, tokens: ()."""
+        unjudged = replace(
+            cls.zeros(config),
+            cross_entropy=cross_entropy.detach().float(),
+            scored=targets.valid.sum().float(),
+            masked=(targets.in_span & ~targets.valid).sum().float(),
+            tokens=tokens.float(),
+        )
+        if predicted is None:
+            return unjudged
         right = (predicted == targets.token_ids) & targets.valid
         drafted, valid = right[..., config.lead :].long(), targets.valid[..., config.lead :]
         run = drafted.cumprod(-1)
         before = torch.cat([torch.ones_like(run[..., :1]), run[..., :-1]], dim=-1)
-        return cls(
+        return replace(
+            unjudged,
             correct=right.sum((0, 1)).float(),
             counted=targets.valid.sum((0, 1)).float(),
             survived=run.sum((0, 1)).float(),
             tried=(before.bool() & valid).sum((0, 1)).float(),
-            cross_entropy=cross_entropy.detach().float(),
-            masked=(targets.in_span & ~targets.valid).sum().float(),
-            tokens=tokens.float(),
         )
 
     def __add__(self, other: WindowMetrics) -> WindowMetrics:
@@ -98,7 +107,7 @@ class WindowMetrics:
     @property
     def num_targets(self) -> int:
         """Valid targets."""
-        return int(self.counted.sum())
+        return int(self.scored)
 
     @property
     def num_masked(self) -> int:
@@ -115,7 +124,7 @@ class WindowMetrics:
         return {
             "loss": self.mean_loss,
             "correct": self.mean_correct,
-            "accuracy": float(self.correct.sum()) / max(1, self.num_targets),
+            "accuracy": float(self.correct.sum()) / max(1, int(self.counted.sum())),
             "masked": self.num_masked / max(1, self.num_targets + self.num_masked),
             **{f"accuracy/{index}": share for index, share in enumerate(self.accuracy)},
         }

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ptp.config import PTPConfig, TrainConfig
+from ptp.config import TrainConfig
 from ptp.data.documents import Documents
 from ptp.data.packing import WindowStream, collate
 from ptp.model.head import summed_loss
-from ptp.model.ptp_model import PTPModel, TrainingPass
+from ptp.model.ptp_model import PTPModel, TrainingPass, states_before
 from ptp.sampling import SamplingRule
-from ptp.training.losses import Predict, Targets, window_loss, window_targets
+from ptp.training.losses import Targets, window_loss, window_targets
 from ptp.training.metrics import WindowMetrics, predictions
 
 EVALUATION_WINDOWS = 2000
@@ -27,55 +29,84 @@ class Objective:
     """What a training minimises: cross-entropy of the windows' tokens, and more.
 
     rule: the sampling rule of the data. weights: (L,) of window indices. distillation: weight of the KL to the
-    teacher beside the cross-entropy's 1.
+    teacher beside the cross-entropy's 1. inverse: u is drawn under the model's own distributions.
     """
 
     rule: SamplingRule
     weights: Tensor
     distillation: float = 0.0
+    inverse: bool = False
 
-    def num_items(self, batch: dict[str, Tensor], config: PTPConfig) -> Tensor:
+    def learns_first(self, model: PTPModel) -> bool:
+        """Whether a window's first token, which the context predicts, is one of its targets.
+
+        Inverse autoregressive training lowers −log of a window's whole likelihood. That of its first token is a
+        constant unless the context learns.
+        """
+        return self.inverse and model.learns_to_read
+
+    def target_weights(self, model: PTPModel) -> Tensor:
+        """(K,): a window's first token, where it is a target, weighs as much as what its first position predicts."""
+        return F.pad(self.weights, (int(self.learns_first(model)), 0), value=1.0).to(model.device)
+
+    def num_items(self, batch: dict[str, Tensor], model: PTPModel) -> Tensor:
         """() the summed weights of a batch's targets, with those to which the rule will turn out to give no mass."""
         everything = torch.ones_like(batch["span"], dtype=torch.bool)
-        targets = targets_of(batch, everything, config)
-        return (targets.in_span * self.weights.to(targets.in_span.device)).sum()
+        targets = targets_of(batch, everything, model, self.learns_first(model))
+        return (targets.in_span * self.target_weights(model).to(targets.in_span.device)).sum()
 
 
 def measured_pass(model: nn.Module, batch: dict[str, Tensor], objective: Objective) -> tuple[Tensor, WindowMetrics]:
     """A training pass over the fields of a `PackedBatch`: the loss, a sum over its targets, and the counts.
 
-    model: a `PTPModel`, or what an engine has wrapped around one.
+    model: a `PTPModel`, or what an engine has wrapped around one. Under an `inverse` objective, u picks the right token
+    whatever the model predicts, and nothing is counted as right or wrong.
     """
-    own = cast(PTPModel, getattr(model, "module", model))
-    return model(**batch, then=partial(_measure, own, batch, objective))
+    return model(**batch, inverse=objective.inverse, then=partial(_measure, _unwrapped(model), batch, objective))
 
 
-def targets_of(batch: dict[str, Tensor], mass: Tensor, config: PTPConfig) -> Targets:
-    """What the windows of a batch should predict; mass: (B, S) bool, whether the rule gives a token any."""
-    return window_targets(batch["ids"], batch["span"], batch["starts"], mass, config.window, config.shift)
+def targets_of(batch: dict[str, Tensor], mass: Tensor, model: PTPModel, first: bool) -> Targets:
+    """What the windows of a batch should predict, (B, N, K): K = L, or L + 1 with their first tokens.
+
+    mass: (B, S) bool, whether the rule gives a token any.
+    """
+    config = model.ptp_config
+    return window_targets(
+        batch["ids"], batch["span"], batch["starts"], mass, config.window + first, config.shift - first
+    )
+
+
+def trained_states(output: TrainingPass, batch: dict[str, Tensor], model: PTPModel, first: bool) -> Tensor:
+    """The hidden states (B, N, K, H) that predict the targets of `targets_of`."""
+    windows = output.windows.unflatten(1, (-1, model.ptp_config.window))
+    if not first:
+        return windows
+    return torch.cat([states_before(batch["starts"], output.context).unsqueeze(2), windows], dim=2)
 
 
 def _measure(
     model: PTPModel, batch: dict[str, Tensor], objective: Objective, output: TrainingPass
 ) -> tuple[Tensor, WindowMetrics]:
-    config, rule = model.ptp_config, objective.rule
-    targets = targets_of(batch, output.mass, config)
+    config, rule, first = model.ptp_config, objective.rule, objective.learns_first(model)
+    targets = targets_of(batch, output.mass, model, first)
     # C-PTP's windows are warped by the rule when they are used; the loss sees them so.
     warped = config.variant == "categorical" and rule.temperature > 0
-    u = output.u[..., config.shift + 1 :][..., : config.window][targets.valid]
+    predict: Callable[[Tensor, slice], Tensor] | None = None
+    if not objective.inverse:
+        u = output.u[..., config.shift + 1 :][..., : config.window][targets.valid]
 
-    def predict(logits: Tensor, part: slice) -> Tensor:
-        return predictions(logits, u[part], config, rule)
+        def predict(logits: Tensor, part: slice) -> Tensor:
+            return predictions(logits, u[part], config, rule)
 
     loss = window_loss(
-        output.windows.unflatten(1, (-1, config.window)),
+        trained_states(output, batch, model, first),
         output.context,
         targets,
-        objective.weights.to(u.device),
+        objective.target_weights(model),
         rule,
         summed=partial(summed_loss, model.base_model),
         logits_of=model.logits,
-        predict=cast(Predict, predict),
+        predict=predict,
         temperature=rule.temperature if warped else 1.0,
         distillation=objective.distillation,
     )
@@ -85,24 +116,31 @@ def _measure(
 
 @torch.no_grad()
 def evaluate_windows(
-    model: PTPModel, documents: Documents, config: TrainConfig, rule: SamplingRule, rank: int = 0, world_size: int = 1
+    model: nn.Module, documents: Documents, config: TrainConfig, rule: SamplingRule, rank: int = 0, world_size: int = 1
 ) -> WindowMetrics:
-    """Measure predictions on held-out documents, u uniform in its interval: the part that one of several processes does.
+    """Measure predictions on held-out documents, u uniform in its interval: the share of one of several processes.
 
-    Enough passes are made for `EVALUATION_WINDOWS`, and batches enough that every process has as many.
+    Enough passes are made for `EVALUATION_WINDOWS`, and batches enough that every process has as many. Under inverse
+    autoregressive training the loss is the one trained; what is right is told by intervals of who is to verify: those
+    stored, or those of the context's distributions.
     """
+    own = _unwrapped(model)
     was_training = model.training
     model.eval()
-    objective = Objective(rule, torch.ones(model.ptp_config.window))
-    stream = make_stream(documents, config.model_copy(update={"beta": 1.0}), model.ptp_config.window)
+    objective = Objective(rule, torch.ones(own.ptp_config.window))
+    stream = make_stream(documents, config.model_copy(update={"beta": 1.0}), own.ptp_config.window)
     passes = -(-EVALUATION_WINDOWS // (len(stream) * config.windows_per_sequence))
     num_batches = -(-passes * len(stream) // (config.batch_size * world_size))
     stream.length = num_batches * config.batch_size * world_size
-    metrics = WindowMetrics.zeros(model.ptp_config)
+    metrics = WindowMetrics.zeros(own.ptp_config)
     for number in range(rank, num_batches * world_size, world_size):
         items = [stream[number * config.batch_size + place] for place in range(config.batch_size)]
-        batch = {name: tensor.to(model.device) for name, tensor in collate(items).items()}
-        metrics = metrics + measured_pass(model, batch, objective)[1]
+        batch = {name: tensor.to(own.device) for name, tensor in collate(items).items()}
+        found = measured_pass(model, batch, objective)[1]
+        if config.inverse:
+            trained = measured_pass(model, batch, replace(objective, inverse=True))[1]
+            found = replace(found, cross_entropy=trained.cross_entropy, scored=trained.scored)
+        metrics = metrics + found
     model.train(was_training)
     return metrics
 
@@ -118,3 +156,7 @@ def make_stream(documents: Documents, config: TrainConfig, window: int) -> Windo
         beta=config.beta,
         seed=config.seed,
     )
+
+
+def _unwrapped(model: nn.Module) -> PTPModel:
+    return cast(PTPModel, getattr(model, "module", model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -12,10 +13,12 @@ from typing import Any, cast
 
 import psutil
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer import SCHEDULER_NAME
 
 from ptp.attention import use_flex_attention
 from ptp.config import TrainConfig
@@ -64,23 +67,21 @@ class PTPTrainer(Trainer):
         stream = make_stream(documents, config, window)
         num_processes = world_size()
         num_steps = config.num_steps(len(stream.sequences), num_processes)
-        is_student = model.ptp_config.student is not None
         stream.length = num_steps * config.batch_size * config.gradient_accumulation_steps * num_processes
         super().__init__(
             model=model,
-            # All of a student's weights learn: in bfloat16 alone, steps as small as theirs would be rounded away.
+            # Where all weights learn, steps as small as theirs would be rounded away in bfloat16 alone.
             args=_arguments(
                 config,
                 num_steps,
                 output_dir,
-                bf16=is_student and config.dtype == "bfloat16",
+                bf16=model.ptp_config.trains_all and config.dtype == "bfloat16",
                 evaluates=validation is not None,
                 layers=list(model.base_model._no_split_modules or ()),
             ),
             train_dataset=stream,
             eval_dataset=validation,
             data_collator=collate,
-            optimizers=(make_optimizer(config.optimizer, model.named_parameters(), config.learning_rate), None),
             callbacks=list(callbacks),
         )
         # The live table and the log are the callbacks' business, not standard output's.
@@ -90,7 +91,7 @@ class PTPTrainer(Trainer):
         # The loss comes out divided by what `_get_num_items_in_batch` says.
         self.model_accepts_loss_kwargs = True
         weights = config.position_decay ** torch.arange(window, dtype=torch.float32, device=model.device)
-        self.objective = Objective(rule, weights, config.distillation)
+        self.objective: Objective = Objective(rule, weights, config.distillation, config.inverse)
         self.running = WindowMetrics.zeros(model.ptp_config)
         self.losses: list[Tensor] = []
         self.clock, self.paused = time.monotonic(), 0.0
@@ -110,6 +111,12 @@ class PTPTrainer(Trainer):
                 raise ConfigError(self._out_of_memory()) from error
             raise
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            parameters = (model or self.model).named_parameters()
+            self.optimizer = make_optimizer(self.config.optimizer, parameters, self.config.learning_rate)
+        return self.optimizer
+
     # --- Loss ---------------------------------------------------------------------------------------------------------
 
     def compute_loss(
@@ -117,8 +124,9 @@ class PTPTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Tensor],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
+        assert num_items_in_batch is not None, "the Trainer counts them, see _get_num_items_in_batch"
         total, metrics = measured_pass(model, inputs, self.objective)
         self.running = self.running + metrics
         self.losses.append(total.detach())
@@ -127,22 +135,24 @@ class PTPTrainer(Trainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Weight of all targets of a step: of every batch accumulated and every process."""
-        config = self.model.ptp_config
-        own = sum((self.objective.num_items(batch, config) for batch in batch_samples), torch.zeros(()))
+        own = sum((self.objective.num_items(batch, self.model) for batch in batch_samples), torch.zeros(()))
         return self._summed(own.to(device)).clamp(min=1e-9)
 
     # --- Log ----------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was counted since the last row to rows of training."""
-        if "grad_norm" in logs or "learning_rate" in logs:
+        if "learning_rate" in logs:
             logs |= self._rates(self.running.mapped(self._summed))
             self.running = WindowMetrics.zeros(self.model.ptp_config)
         super().log(logs, start_time)
 
     def _rates(self, metrics: WindowMetrics, prefix: str = "") -> dict[str, float]:
         rates = metrics.rates()
-        if self.tokens_per_call is not None:
+        if self.objective.inverse and not prefix:
+            # Nothing was judged: u picks the right token whatever the model predicts.
+            rates = {"loss": rates["loss"]}
+        elif self.tokens_per_call is not None:
             rates["tokens_per_call"] = self.tokens_per_call(metrics.survival)
         if not prefix:
             now = time.monotonic()
@@ -151,18 +161,20 @@ class PTPTrainer(Trainer):
             self.clock, self.paused = now, 0.0
         return {f"{prefix}{name}": value for name, value in rates.items()}
 
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         control = self.control
         if control.should_log or control.should_evaluate or control.should_save:
-            self._check_losses()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
+            self._check_losses(grad_norm)
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
-    def _check_losses(self) -> None:
-        """Raises `ConfigError` if a loss since the last look was no number, before a checkpoint holds what it made."""
-        losses, self.losses = self._summed(torch.stack(self.losses)).cpu() if self.losses else torch.zeros(0), []
-        weights = torch.stack([p.detach().sum() for group in self.optimizer.param_groups for p in group["params"]])
+    def _check_losses(self, grad_norm: Tensor | float) -> None:
+        """Raises `ConfigError` if a loss since the last look, or the last gradient, is no number.
+
+        Before a checkpoint holds what came of it.
+        """
+        losses, self.losses = self._summed(torch.stack([*self.losses, torch.zeros(())])).cpu()[:-1], []
         wrong = torch.nonzero(~losses.isfinite()).flatten().tolist()
-        if not wrong and self._summed(weights.float()).isfinite().all():
+        if not wrong and math.isfinite(grad_norm):
             return
         per_step = self.args.gradient_accumulation_steps
         step = self.state.global_step - (len(losses) - wrong[0] - 1) // per_step if wrong else self.state.global_step
@@ -198,7 +210,7 @@ class PTPTrainer(Trainer):
             try:
                 super()._save_checkpoint(model, trial)
             except (OSError, SafetensorError, RuntimeError) as error:
-                directory = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                directory = self.output_dir / f"checkpoint-{self.state.global_step}"
                 shutil.rmtree(directory, ignore_errors=True)
                 reason = str(error).splitlines()[0]
                 raise DataError(
@@ -208,11 +220,23 @@ class PTPTrainer(Trainer):
             if not self.args.should_save:
                 self.running = WindowMetrics.zeros(self.model.ptp_config)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        directory = Path(cast(str, output_dir or self.args.output_dir))
-        self.model.save_pretrained(directory, state_dict)
-        running = json.dumps([part.tolist() for part in self.running.parts()])
-        write_atomically(directory / RUNNING_METRICS, running.encode())
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write an adapter directory; all processes call it."""
+        self.model.save_pretrained(output_dir or self.output_dir, self.args.should_save)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            running = json.dumps([part.tolist() for part in self.running.parts()])
+            write_atomically(Path(output_dir) / RUNNING_METRICS, running.encode())
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # The Trainer's own would write the whole model beside the optimiser's state.
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            assert self.lr_scheduler is not None
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.load_adapter(Path(resume_from_checkpoint))
@@ -221,11 +245,15 @@ class PTPTrainer(Trainer):
             self.running = WindowMetrics(*(torch.tensor(part) for part in parts))
 
     def _load_best_model(self) -> None:
-        best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-        self.model.load_adapter(best)
+        self.model.load_adapter(self.output_dir / f"checkpoint-{self.state.best_global_step}")
+
+    @property
+    def output_dir(self) -> Path:
+        """The directory of the checkpoints."""
+        return Path(cast(str, self.args.output_dir))
 
     def _kept(self) -> str:
-        last = last_complete_checkpoint(Path(self.args.output_dir))
+        last = last_complete_checkpoint(self.output_dir)
         return f"{last} is kept" if last else "there is no checkpoint yet"
 
     # --- Processes, time and memory -----------------------------------------------------------------------------------
@@ -322,8 +350,8 @@ def _arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
-        fsdp=config.fsdp,
-        fsdp_config={"transformer_layer_cls_to_wrap": layers} if config.fsdp else None,
+        fsdp=cast(Any, config.fsdp),  # the annotation is that of the command line's argument
+        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": layers} if config.fsdp else None,
         report_to=list(config.report_to),
         disable_tqdm=True,
     )
