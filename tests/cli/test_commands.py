@@ -348,7 +348,7 @@ def measured_line(result: Result) -> str:
 def test_the_tokens_per_call_that_training_prints_are_those_of_decoding_held_out_prompts(
     damaged: Path, budget: int
 ) -> None:
-    line = measured_line(typed(train.main, damaged, "train.max_steps=3", "--budget", budget))
+    line = measured_line(typed(train.main, damaged, "train.max_steps=3", f"train.budget={budget}"))
     experiment, model = Experiment.load(damaged), PTPModel.from_pretrained(damaged)
     decoder = Decoder(model, experiment.config.sampling, budget=budget)
     num_tokens = num_calls = 0
@@ -418,7 +418,7 @@ def test_a_student_is_not_decoded_with_and_that_is_said(damaged: Path) -> None:
     student = "model.student={hidden_size: 8, num_layers: 1, num_heads: 1}"
     result = typed(train.main, damaged, "train.max_steps=1", student)
     assert (result.code, result.out) == (0, ""), result.err
-    assert "tokens per call not measured: nothing decodes with a student yet" in result.err
+    assert "tokens per call not measured: nothing decodes with a model whose weights all learnt yet" in result.err
     assert not (damaged / "adapter" / "measurement.json").exists()
 
 

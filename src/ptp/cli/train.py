@@ -40,7 +40,7 @@ def command(
             f"{'model' if trains_all else 'adapter'} in {experiment.adapter}"
         )
         if trains_all:
-            note("tokens per call not measured: nothing decodes with a model all of whose weights were trained yet")
+            note("tokens per call not measured: nothing decodes with a model whose weights all learnt yet")
             return
         if measured:
             say_measured(experiment)

@@ -210,7 +210,9 @@ def has_adapter(experiment: Experiment) -> bool:
 
 def read_training_result(experiment: Experiment) -> TrainingResult:
     """What `train` measured when it wrote the adapter."""
-    return TrainingResult(**json.loads((experiment.adapter / TRAINING_RESULT).read_text()))
+    kept = json.loads((experiment.adapter / TRAINING_RESULT).read_text())
+    kept["curves"] = {name: [tuple(point) for point in curve] for name, curve in kept["curves"].items()}
+    return TrainingResult(**kept)
 
 
 def check_lengths(lengths: np.ndarray, sequence_length: int) -> None:

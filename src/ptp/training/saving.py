@@ -5,23 +5,32 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ptp.errors import Terminated
 
 
+def summed(values: Tensor) -> Tensor:
+    """The sum over processes; the values are on the device that training is on."""
+    return cast(Tensor, reduce(values, reduction="sum")) if PartialState().num_processes > 1 else values
+
+
 class SaveWhenAsked(TrainerCallback):
     """Saves after a step when `minutes` have passed since the last checkpoint, or SIGTERM has come, which then ends it.
 
-    any_process: whether a flag is up in any of several processes, which must all save at the same step.
+    What one of several processes has noticed, all heed at the same step.
     """
 
-    def __init__(self, minutes: float | None, any_process: Callable[[bool], bool]) -> None:
-        self.minutes, self.any_process = minutes, any_process
+    def __init__(self, minutes: float | None) -> None:
+        self.minutes = minutes
         self.told_to_end = self.ends = False
         self.saved_at = time.monotonic()
 
@@ -46,10 +55,10 @@ class SaveWhenAsked(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        self.ends = self.any_process(self.told_to_end)
         due = self.minutes is not None and time.monotonic() - self.saved_at > 60 * self.minutes
-        if self.ends or (self.minutes is not None and self.any_process(due)):
-            control.should_save = True
+        flags = torch.tensor([float(self.told_to_end), float(due)], device=args.device)
+        self.ends, due = (summed(flags) > 0).tolist()
+        control.should_save |= self.ends or due
         return control
 
     def on_save(self, *_: object, **__: Any) -> None:

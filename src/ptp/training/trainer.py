@@ -32,7 +32,7 @@ from ptp.sampling import SamplingRule
 from ptp.training.metrics import WindowMetrics
 from ptp.training.objective import Objective, evaluate_windows, make_stream, measured_pass
 from ptp.training.optimizers import make_optimizer
-from ptp.training.saving import SaveWhenAsked
+from ptp.training.saving import SaveWhenAsked, summed
 
 RUNNING_METRICS = "metrics.json"
 """In a checkpoint: what was counted since the last row of the log."""
@@ -86,7 +86,7 @@ class PTPTrainer(Trainer):
         )
         # The live table and the log are the callbacks' business, not standard output's.
         self.remove_callback(PrinterCallback)
-        self.saver = SaveWhenAsked(config.save_minutes, self._any_process)
+        self.saver = SaveWhenAsked(config.save_minutes)
         self.add_callback(self.saver)
         # The loss comes out divided by what `_get_num_items_in_batch` says.
         self.model_accepts_loss_kwargs = True
@@ -190,7 +190,7 @@ class PTPTrainer(Trainer):
         assert self.validation is not None, "there are no documents to validate with"
         number, processes = self.args.process_index, self.args.world_size
         return evaluate_windows(self.model, self.validation, self.config, self.rule, number, processes).mapped(
-            lambda sums: self._summed(sums.to(self.args.device))
+            self._summed
         )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -206,7 +206,7 @@ class PTPTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._off_the_clock():
-            self.running = self.running.mapped(self._summed) if self.args.world_size > 1 else self.running
+            self.running = self.running.mapped(self._summed)
             try:
                 super()._save_checkpoint(model, trial)
             except (OSError, SafetensorError, RuntimeError) as error:
@@ -260,12 +260,7 @@ class PTPTrainer(Trainer):
 
     def _summed(self, values: Tensor) -> Tensor:
         """The sum over processes."""
-        if self.args.world_size == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.args.device), reduction="sum")
-
-    def _any_process(self, flag: bool) -> bool:
-        return bool(self._summed(torch.tensor(float(flag)))) if self.args.world_size > 1 else flag
+        return summed(values.to(self.args.device))
 
     @contextmanager
     def _off_the_clock(self) -> Any:
