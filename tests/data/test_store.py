@@ -20,6 +20,7 @@ PROVENANCE = Provenance(
     completions_per_prompt=2,
     shard_size=3,
     prompts_fingerprint="def",
+    vocabulary_fingerprint="uvw",
 )
 
 
@@ -140,6 +141,7 @@ def test_a_shard_without_completions_is_done(store: CompletionStore) -> None:
         ("completions_per_prompt", 3),
         ("shard_size", 4),
         ("prompts_fingerprint", "ghi"),
+        ("vocabulary_fingerprint", "xyz"),
     ],
 )
 def test_completions_of_another_origin_are_refused_by_name(store: CompletionStore, field: str, value: object) -> None:

@@ -240,16 +240,6 @@ def test_a_file_that_was_being_written_is_no_shard(experiment: Experiment, finis
     assert shards(experiment) == shards(finished)
 
 
-@contextmanager
-def disk_with_room_for_files_of(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_a_full_disk_is_one_line_and_what_is_stored_is_kept(experiment: Experiment) -> None:
     experiment = changed(experiment, "pregenerate.completions_per_prompt=4", "pregenerate.shard_size=32")
     pregenerate(experiment)

@@ -136,6 +136,11 @@ class Shard:
         self.num_starts = starts[self._span_ends] - starts[self._span_ends - num_spans]
         self.num_trained = self._trained[self._span_ends] - self._trained[self._span_ends - num_spans]
 
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all documents."""
+        return int(self._part("ids", np.int64(0), self._ends[-1]).max(initial=0)) if len(self) else 0
+
     @classmethod
     def of(cls, documents: Sequence[Document]) -> Shard:
         """Documents of memory."""

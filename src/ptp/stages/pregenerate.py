@@ -27,7 +27,13 @@ from ptp.errors import ConfigError, DataError
 from ptp.experiment import Experiment
 from ptp.files import appearing
 from ptp.model.adapter import fingerprint
-from ptp.model.loading import load_base_model, load_context_length, load_end_tokens
+from ptp.model.loading import (
+    load_base_model,
+    load_context_length,
+    load_end_tokens,
+    load_tokenizer,
+    vocabulary_fingerprint,
+)
 from ptp.model.ptp_model import check_attention, end_token_ids
 from ptp.processes import rank, world_size
 from ptp.stages import Progress, unheard
@@ -265,4 +271,5 @@ def _provenance(experiment: Experiment, source: str, base_fingerprint: str, prom
         completions_per_prompt=settings.completions_per_prompt,
         shard_size=settings.shard_size,
         prompts_fingerprint=prompts_fingerprint,
+        vocabulary_fingerprint=vocabulary_fingerprint(load_tokenizer(experiment.base_model)),
     )

@@ -20,8 +20,9 @@ from ptp.errors import ConfigError, DataError
 from ptp.evaluation.acceptance import simulated_tokens_per_call
 from ptp.experiment import Experiment
 from ptp.files import write_atomically
+from ptp.model.adapter import SETTINGS as ADAPTER_SETTINGS
 from ptp.model.adapter import fingerprint
-from ptp.model.loading import load_base_model, to_dtype
+from ptp.model.loading import load_base_model, load_tokenizer, to_dtype, vocabulary_fingerprint
 from ptp.model.ptp_model import PTPModel
 from ptp.model.student import StudentModel
 from ptp.processes import world_size
@@ -110,10 +111,12 @@ def train(
             f"{experiment.completions} holds none: they are stored only where ptp_pregenerate samples with the base "
             "model itself, not by an endpoint or an import"
         )
+    check_validation(data.validation)
     check_lengths(np.concatenate([data.training.lengths, data.validation.lengths]), settings.sequence_length)
     # Weights are drawn after seeding, so that a run and its repetition start alike.
     set_seed(settings.seed)
     model = new_model(experiment)
+    check_vocabulary(data, model.base_model.get_input_embeddings().num_embeddings)
     model.rule = rule
     keep_settings(experiment, data, model.base_fingerprint)
     experiment.record_run("train", data.fingerprint)
@@ -131,8 +134,9 @@ def train(
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(experiment.checkpoints))
     metrics = trainer.measure()
     model.survival = metrics.survival
-    # Of the adapter before.
-    (experiment.adapter / MEASUREMENT).unlink(missing_ok=True)
+    # Of the adapter before; without its settings, one whose writing is cut short does not look whole.
+    for name in (TRAINING_RESULT, MEASUREMENT, ADAPTER_SETTINGS):
+        (experiment.adapter / name).unlink(missing_ok=True)
     trainer.save_model(str(experiment.adapter))
     result = TrainingResult(
         accuracy=metrics.accuracy,
@@ -223,12 +227,37 @@ def check_lengths(lengths: np.ndarray, sequence_length: int) -> None:
         )
 
 
-def check_teacher(experiment: Experiment, found: str) -> None:
-    """Raises `DataError` if the store's completions were sampled from another base model.
+def check_validation(documents: Documents) -> None:
+    """Raises `DataError` if no window can start in a held-out document."""
+    if not documents.num_starts.any():
+        raise DataError(
+            f"none of the {len(documents)} held-out documents has two trained tokens in a row, so nothing can be "
+            "measured on them; give more or longer ones"
+        )
 
-    Those of an endpoint or of a file tell nothing about it.
+
+def check_vocabulary(data: TrainingData, num_tokens: int) -> None:
+    """Raises `DataError` if a document holds a token id that the model, which has so many, does not know."""
+    largest = max(shard.largest_id for shard in data.training.shards)
+    if largest >= num_tokens:
+        raise DataError(
+            f"the documents hold the token id {largest}, the base model has embeddings for {num_tokens} tokens: its "
+            "tokenizer has tokens that it does not know"
+        )
+
+
+def check_teacher(experiment: Experiment, found: str) -> None:
+    """Raises `DataError` if the store's completions were written with another tokenizer, or by another base model.
+
+    Those of an endpoint or of a file tell nothing about the model.
     """
-    expected = CompletionStore(experiment.completions).provenance.base_fingerprint
+    provenance = CompletionStore(experiment.completions).provenance
+    if provenance.vocabulary_fingerprint != vocabulary_fingerprint(load_tokenizer(experiment.base_model)):
+        raise DataError(
+            f"{experiment.completions} was made with a tokenizer of another vocabulary than that of "
+            f"{experiment.config.base_model}; pregenerate into a new directory"
+        )
+    expected = provenance.base_fingerprint
     if expected and found != expected:
         raise DataError(
             f"{experiment.completions} was sampled from another base model ({expected[:12]}) than "

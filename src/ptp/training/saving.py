@@ -56,8 +56,7 @@ class SaveWhenAsked(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         due = self.minutes is not None and time.monotonic() - self.saved_at > 60 * self.minutes
-        flags = torch.tensor([float(self.told_to_end), float(due)], device=args.device)
-        self.ends, due = (summed(flags) > 0).tolist()
+        self.ends, due = _of_any(args.device, self.told_to_end, due)
         control.should_save |= self.ends or due
         return control
 
@@ -65,3 +64,13 @@ class SaveWhenAsked(TrainerCallback):
         self.saved_at = time.monotonic()
         if self.ends:
             raise Terminated(128 + signal.SIGTERM)
+
+    def on_train_end(self, args: TrainingArguments, *_: object, **__: Any) -> None:
+        # Told after the last step, when all is saved that there is to save.
+        if any(_of_any(args.device, self.told_to_end)):
+            raise Terminated(128 + signal.SIGTERM)
+
+
+def _of_any(device: torch.device, *flags: bool) -> list[bool]:
+    """Which of the flags are set in any process."""
+    return (summed(torch.tensor(flags, dtype=torch.float32, device=device)) > 0).tolist()

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from ptp.attention import use_flex_attention
 from ptp.config import TrainConfig
@@ -94,22 +94,31 @@ class PTPTrainer(Trainer):
         self.objective: Objective = Objective(rule, weights, config.distillation, config.inverse)
         self.running = WindowMetrics.zeros(model.ptp_config)
         self.losses: list[Tensor] = []
+        self.norms: list[Tensor | float] = []
         self.clock, self.paused = time.monotonic(), 0.0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's. SIGTERM saves a checkpoint, then raises `Terminated`.
 
-        Raises `ConfigError` where memory does not suffice or the loss is no number, `DataError` where a checkpoint
-        cannot be written.
+        Raises `ConfigError` where memory does not suffice or the loss is no number, `DataError` where a checkpoint or a
+        tracker's file cannot be written.
         """
+        if self.args.should_save:
+            remove_incomplete_checkpoints(self.output_dir)
         try:
             with self.saver.listening():
                 self.clock = time.monotonic()
-                return super().train(*args, **kwargs)
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                output = super().train(*args, **kwargs)
+        except OSError as error:
+            raise DataError(
+                f"training stopped ({error}): {self._kept()}; make room and run the same command again"
+            ) from error
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
                 raise ConfigError(self._out_of_memory()) from error
             raise
+        self._load_best_model()
+        return output
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -163,25 +172,22 @@ class PTPTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         control = self.control
+        self.norms.append(grad_norm)
         if control.should_log or control.should_evaluate or control.should_save:
-            self._check_losses(grad_norm)
+            self._check_finite()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
-    def _check_losses(self, grad_norm: Tensor | float) -> None:
-        """Raises `ConfigError` if a loss since the last look, or the last gradient, is no number.
+    def _check_finite(self) -> None:
+        """Raises `ConfigError` if the loss or the gradient of a step since the last look is no number.
 
         Before a checkpoint holds what came of it.
         """
-        losses, self.losses = self._summed(torch.stack([*self.losses, torch.zeros(())])).cpu()[:-1], []
-        wrong = torch.nonzero(~losses.isfinite()).flatten().tolist()
-        if not wrong and math.isfinite(grad_norm):
-            return
-        per_step = self.args.gradient_accumulation_steps
-        step = self.state.global_step - (len(losses) - wrong[0] - 1) // per_step if wrong else self.state.global_step
-        raise ConfigError(
-            f"the loss is not finite at step {step}: training stopped, {self._kept()}; lower train.learning_rate "
-            f"({self.config.learning_rate:g}), or train with dtype=float32"
-        )
+        # An infinite part of a sum leaves none that is finite.
+        losses = self._summed(torch.stack(self.losses)).view(len(self.norms), -1).sum(1).tolist()
+        norms, self.losses, self.norms = self.norms, [], []
+        for number, (loss, norm) in enumerate(zip(losses, norms, strict=True), self.state.global_step - len(norms) + 1):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise ConfigError(self._not_finite("gradient" if math.isfinite(loss) else "loss", number))
 
     # --- Evaluation ---------------------------------------------------------------------------------------------------
 
@@ -197,6 +203,8 @@ class PTPTrainer(Trainer):
         """Measure and log; the names begin with `eval_`."""
         with self._off_the_clock():
             rates = self._rates(metrics := self.measure(), prefix="eval_")
+            if not math.isfinite(rates["eval_loss"]):
+                raise ConfigError(self._not_finite("validation loss", self.state.global_step))
             self.model.survival = metrics.survival
             self.log(rates)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, rates)
@@ -207,22 +215,21 @@ class PTPTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._off_the_clock():
             self.running = self.running.mapped(self._summed)
+            directory = self.output_dir / f"checkpoint-{self.state.global_step}"
             try:
-                super()._save_checkpoint(model, trial)
-            except (OSError, SafetensorError, RuntimeError) as error:
-                directory = self.output_dir / f"checkpoint-{self.state.global_step}"
+                with self._writing(directory):
+                    super()._save_checkpoint(model, trial)
+            except DataError:
                 shutil.rmtree(directory, ignore_errors=True)
-                reason = str(error).splitlines()[0]
-                raise DataError(
-                    f"{directory} could not be written ({reason}); make room and run the same command again: "
-                    f"{self._kept()}"
-                ) from error
+                raise
             if not self.args.should_save:
                 self.running = WindowMetrics.zeros(self.model.ptp_config)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write an adapter directory; all processes call it."""
-        self.model.save_pretrained(output_dir or self.output_dir, self.args.should_save)
+        """Write an adapter directory; all processes call it. Raises `DataError` where the disk refuses."""
+        directory = Path(output_dir or self.output_dir)
+        with self._writing(directory):
+            self.model.save_pretrained(directory, self.args.should_save)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
@@ -245,7 +252,23 @@ class PTPTrainer(Trainer):
             self.running = WindowMetrics(*(torch.tensor(part) for part in parts))
 
     def _load_best_model(self) -> None:
-        self.model.load_adapter(self.output_dir / f"checkpoint-{self.state.best_global_step}")
+        # Found by its step: the path that the Trainer keeps does not follow a directory that moves.
+        best = self.output_dir / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir():
+            self.model.load_adapter(best)
+
+    @contextmanager
+    def _writing(self, directory: Path) -> Iterator[None]:
+        """What the disk refuses inside the block is one `DataError`; torch.save tells it by a `RuntimeError`."""
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{directory} could not be written ({reason}); make room and run the same command again: {self._kept()}"
+            ) from error
 
     @property
     def output_dir(self) -> Path:
@@ -255,6 +278,17 @@ class PTPTrainer(Trainer):
     def _kept(self) -> str:
         last = last_complete_checkpoint(self.output_dir)
         return f"{last} is kept" if last else "there is no checkpoint yet"
+
+    def _anew(self) -> str:
+        """How to begin with settings that training does not go on with."""
+        return f"remove {self.output_dir} and" if last_complete_checkpoint(self.output_dir) else "run it again and"
+
+    def _not_finite(self, what: str, step: int) -> str:
+        config = self.config
+        advice = f"lower train.learning_rate ({config.learning_rate:g})"
+        if config.dtype != "float32":
+            advice += " or set train.dtype to float32"
+        return f"the {what} is not finite at step {step}: training stopped, {self._kept()}; {self._anew()} {advice}"
 
     # --- Processes, time and memory -----------------------------------------------------------------------------------
 
@@ -275,23 +309,43 @@ class PTPTrainer(Trainer):
         config = self.config
         step = f"{config.batch_size} sequences of {config.sequence_length} tokens at a time"
         if config.batch_size > 1:
-            half, twice = config.batch_size // 2, 2 * config.gradient_accumulation_steps
-            advice = f"train.batch_size={half} train.gradient_accumulation_steps={twice}, which trains the same"
+            # Half of it, where that is a whole number of sequences: a step must stay one of as many.
+            parts = next(number for number in range(2, config.batch_size + 1) if config.batch_size % number == 0)
+            accumulated = parts * config.gradient_accumulation_steps
+            advice = f"train.batch_size={config.batch_size // parts} train.gradient_accumulation_steps={accumulated}"
+            advice = f"go on with {advice}, which trains the same"
+        elif not config.gradient_checkpointing:
+            advice = "go on with train.gradient_checkpointing=true, which trains the same in more time"
+        elif config.windows_per_sequence > 1:
+            advice = f"{self._anew()} set train.windows_per_sequence to {config.windows_per_sequence // 2}"
         else:
-            advice = f"train.windows_per_sequence={max(1, config.windows_per_sequence // 2)}"
-        return f"out of memory with {step}: {self._kept()}; go on with {advice}"
+            advice = f"{self._anew()} lower train.sequence_length"
+        return f"out of memory with {step}: {self._kept()}; {advice}"
 
 
 def last_complete_checkpoint(directory: Path) -> str | None:
     """The newest checkpoint whose writing was not cut short; its trainer_state.json is written last."""
-    complete = [path.parent for path in directory.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
+    complete = [path for path in directory.glob("checkpoint-*") if _is_json(path / TRAINER_STATE_NAME)]
     return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+
+
+def remove_incomplete_checkpoints(directory: Path) -> None:
+    """Remove what a kill left half written or half removed, which would count as a checkpoint when old ones are."""
+    for path in directory.glob("checkpoint-*"):
+        if not _is_json(path / TRAINER_STATE_NAME):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error, of whatever device, says that memory does not suffice."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in str(error) for part in words)
 
 
 def _is_json(path: Path) -> bool:
     try:
         json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (OSError, ValueError):
         return False
     return True
 
@@ -334,7 +388,6 @@ def _arguments(
         save_total_limit=2,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=config.save_every,
-        load_best_model_at_end=evaluates,
         metric_for_best_model="eval_correct" if evaluates else None,
         logging_steps=config.log_every,
         # A loss that is no number is an error here, not something to hide.
