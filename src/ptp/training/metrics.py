@@ -17,7 +17,8 @@ def predictions(logits: Tensor, target_u: Tensor, config: PTPConfig, rule: Sampl
     """The token each window position proposes, as in decoding. logits: (..., V); target_u: (...); returns (...)."""
     if config.variant == "one_hot":
         return logits.argmax(-1)
-    return pick(warp(logits, rule), target_u)
+    # No u lies in an interval that is no number; that there are such, the loss will tell.
+    return pick(warp(logits.nan_to_num(), rule), target_u)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from ptp.config import TrainConfig
 from ptp.data.documents import Documents
 from ptp.data.packing import collate
 from ptp.errors import ConfigError, DataError
-from ptp.files import write_atomically
 from ptp.model.ptp_model import PTPModel
 from ptp.processes import world_size
 from ptp.sampling import SamplingRule
@@ -234,7 +233,7 @@ class PTPTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
             running = json.dumps([part.tolist() for part in self.running.parts()])
-            write_atomically(Path(output_dir) / RUNNING_METRICS, running.encode())
+            (Path(output_dir) / RUNNING_METRICS).write_text(running, encoding="utf-8")
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
