@@ -1,6 +1,7 @@
 """Commands as they are typed: in this process where that is enough, as programs where it is not."""
 
 import io
+import multiprocessing
 import os
 import re
 import resource
@@ -10,7 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
+
+PATIENCE = 120
+"""Seconds after which a process is taken to hang."""
 
 
 @dataclass(frozen=True)
@@ -69,3 +74,17 @@ def disk_with_room_for_files_of(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def forking(command: Callable[[Path], None]) -> Callable[[Path], Any]:
+    """Starts a command on a directory in a process forked from one that has imported everything: it begins at once."""
+    context = multiprocessing.get_context("forkserver")
+    stages = [f"ptp.{part}.{name}" for name in ("pregenerate", "train") for part in ("cli", "stages")]
+    context.set_forkserver_preload([*stages, "ptp.cli.training_progress", "ptp.evaluation.measurement", "datasets"])
+
+    def start(directory: Path) -> Any:
+        process = context.Process(target=command, args=(directory,))
+        process.start()
+        return process
+
+    return start

@@ -1,20 +1,18 @@
 import itertools
 import json
-import multiprocessing
 import random
-import resource
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_line import PATIENCE, disk_with_room_for_files_of, forking
 from endpoint_server import Reply, Script, Server, completion, serving
 from transformers import LlamaForCausalLM
 
@@ -262,39 +260,22 @@ def test_a_full_disk_is_one_line_and_what_is_stored_is_kept(experiment: Experime
     assert shards(experiment) == whole
 
 
-PATIENCE = 120
-"""Seconds after which a process is taken to hang."""
-
-
 def shard_numbers(experiment: Experiment) -> set[int]:
     return {int(path.stem.removeprefix("shard-")) for path in experiment.completions.glob("shard-*.safetensors")}
 
 
-@pytest.fixture(scope="module")
-def start() -> Callable[[Experiment], Any]:
-    """Starts `ptp pregenerate` in a process forked from one that has imported everything: it begins at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ptp.cli.pregenerate", "ptp.stages.pregenerate", "ptp.experiment", "datasets"])
-
-    def run(experiment: Experiment) -> Any:
-        process = context.Process(target=pregenerate_command.command, args=(experiment.directory,))
-        process.start()
-        return process
-
-    return run
-
-
 @pytest.mark.slow
 def test_killed_at_20_random_moments_the_store_is_that_of_an_uninterrupted_run(
-    config: ExperimentConfig, start: Callable[[Experiment], Any], tmp_path: Path
+    config: ExperimentConfig, tmp_path: Path
 ) -> None:
+    start = forking(pregenerate_command.command)
     settings = config.pregenerate.model_copy(update={"max_new_tokens": None, "max_length": 64, "shard_size": 2})
     lengths = config.train.model_copy(update={"sequence_length": 64})
     config = config.model_copy(update={"pregenerate": settings, "train": lengths})
     begun = time.monotonic()
     for name in ("warm", "whole"):
         whole, begun = distill(tmp_path / name, config), time.monotonic()
-        process = start(whole)
+        process = start(whole.directory)
         process.join(PATIENCE)
         assert process.exitcode == 0
     usual = time.monotonic() - begun
@@ -306,7 +287,7 @@ def test_killed_at_20_random_moments_the_store_is_that_of_an_uninterrupted_run(
     experiment = distill(next(directories), config)
     while stages.total() < 20:
         before = files(experiment.completions) if experiment.completions.exists() else {}
-        process = start(experiment)
+        process = start(experiment.directory)
         process.join(moments.uniform(0, usual))
         if process.exitcode is None:
             seen = shards(experiment)
@@ -321,7 +302,7 @@ def test_killed_at_20_random_moments_the_store_is_that_of_an_uninterrupted_run(
             assert process.exitcode == 0
             assert shards(experiment) == expected
             experiment = distill(next(directories), config)
-    process = start(experiment)
+    process = start(experiment.directory)
     process.join(PATIENCE)
     assert process.exitcode == 0
     assert shards(experiment) == expected

@@ -1,25 +1,34 @@
+import errno
 import gc
+import io
 import json
+import os
+import random
+import shutil
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from command_line import PATIENCE, forking
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from trainings import Kill
 from transformers import TrainerCallback
 
+from ptp.cli import train as train_command
 from ptp.config import DataConfig, Mode
 from ptp.data.documents import Documents
 from ptp.data.packing import collate
 from ptp.data.store import CompletionStore
-from ptp.errors import ConfigError, DataError
+from ptp.errors import AdapterError, ConfigError, DataError
 from ptp.evaluation.experiment_report import verify_experiment
 from ptp.experiment import Experiment, ExperimentConfig
 from ptp.model.loading import load_tokenizer
@@ -29,6 +38,7 @@ from ptp.stages.pregenerate import pregenerate
 from ptp.stages.prepare import prepare
 from ptp.stages.train import (
     TEXT_PROMPT_TOKENS,
+    TRAINING_RESULT,
     has_adapter,
     read_training_result,
     train,
@@ -37,6 +47,7 @@ from ptp.stages.train import (
 )
 from ptp.training.losses import window_targets
 from ptp.training.objective import make_stream
+from ptp.training.trainer import last_complete_checkpoint
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 WEIGHTS = ("adapter_model.safetensors", "auxiliary.safetensors")
@@ -264,6 +275,28 @@ def test_training_does_not_go_on_from_checkpoints_of_other_settings(
     assert files(finished.directory) == before
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.batch_size=4", "train.gradient_accumulation_steps=2"],
+        ["train.batch_size=1", "train.gradient_accumulation_steps=8", "train.gradient_checkpointing=true"],
+    ],
+)
+def test_with_less_memory_training_goes_on_as_it_would_have(
+    sampled: Experiment, finished: Experiment, overrides: list[str]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(sampled, [Kill(3)])
+    begun = {name: load_file(sampled.checkpoints / "checkpoint-2" / name) for name in WEIGHTS}
+    train(changed(sampled, *overrides))
+    for name in WEIGHTS:
+        weights, expected = load_file(sampled.adapter / name), load_file(finished.adapter / name)
+        for key, start in begun[name].items():
+            # Sums are rounded in another order, which is little beside what was learnt since.
+            print(float((weights[key] - expected[key]).norm() / (expected[key] - start).norm()))
+            assert (weights[key] - expected[key]).norm() <= 1e-3 * (expected[key] - start).norm(), key
+
+
 def test_a_training_may_be_made_longer(sampled: Experiment) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(sampled, [Kill(3)])
@@ -278,6 +311,92 @@ def test_a_finished_training_takes_no_further_step(finished: Experiment) -> None
     callback.on_step_begin = lambda *_, **settings: pytest.fail("a step is taken")
     assert train(finished, [callback]) == result
     assert {name: (finished.adapter / name).read_bytes() for name in WEIGHTS} == weights
+
+
+def check_same(parts: Experiment, whole: Experiment) -> None:
+    """The same adapter, and the same log but for what the clock says."""
+    for name in WEIGHTS:
+        assert (parts.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()
+    results, logs = [], []
+    for experiment in (parts, whole):
+        result = read_training_result(experiment)
+        del result.curves["tokens_per_second"]
+        results.append(result)
+        last = last_complete_checkpoint(experiment.checkpoints)
+        assert last is not None
+        rows = json.loads((Path(last) / "trainer_state.json").read_text())["log_history"]
+        logs.append([{k: v for k, v in row.items() if k not in ("tokens_per_second", "memory_gb")} for row in rows])
+    assert results[0] == results[1]
+    assert logs[0] == logs[1]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_training_is_an_uninterrupted_one(
+    config: ExperimentConfig, tmp_path: Path
+) -> None:
+    start = forking(train_command.command)
+    settings = {"max_steps": 120, "save_every": 10, "log_every": 7, "gradient_accumulation_steps": 2, "batch_size": 4}
+    config = config.model_copy(update={"train": config.train.model_copy(update=settings)})
+    warm, whole, parts = (distill(tmp_path / name, config) for name in ("warm", "whole", "parts"))
+    pregenerate(warm)
+    for experiment in (whole, parts):
+        shutil.copytree(warm.completions, experiment.completions)
+    for experiment in (warm, whole):
+        begun = time.monotonic()
+        process = start(experiment.directory)
+        process.join(PATIENCE)
+        assert process.exitcode == 0
+    usual, moments, reached = time.monotonic() - begun, random.Random(0), set()
+    for _ in range(8):
+        process = start(parts.directory)
+        process.join(moments.uniform(0.1, 0.6) * usual)
+        process.kill()
+        process.join(PATIENCE)
+        reached.add(last_complete_checkpoint(parts.checkpoints))
+    process = start(parts.directory)
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+    assert len(reached) > 2, "killed early and late"
+    check_same(parts, whole)
+
+
+@pytest.mark.parametrize(
+    "full_at", ["adapter_model.safetensors", "adapter_config.json", "ptp_config.json", TRAINING_RESULT]
+)
+def test_a_disk_too_full_for_the_adapter_is_one_line_and_leaves_none_that_looks_whole(
+    finished: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_at: str
+) -> None:
+    shutil.copytree(finished.directory, tmp_path / "experiment")
+    experiment = Experiment.load(tmp_path / "experiment")
+    result = read_training_result(experiment)
+    # The order of its curves is another after a resumption.
+    whole = {path: content for path, content in files(experiment.adapter).items() if path.name != TRAINING_RESULT}
+
+    def open_unless_full(path: Any, mode: str = "r", *arguments: Any, **settings: Any) -> Any:
+        if full_at in str(path) and experiment.adapter in Path(path).parents and "r" not in mode:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return opened(path, mode, *arguments, **settings)
+
+    opened = io.open
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "open", open_unless_full)
+        patch.setattr("builtins.open", open_unless_full)
+        if full_at.endswith(".safetensors"):
+            patch.setattr("ptp.model.adapter.save_file", lambda tensors, path, **_: open_unless_full(path, "wb"))
+        with pytest.raises(DataError) as caught:
+            train(experiment)
+    message = str(caught.value)
+    assert "No space left on device" in message
+    assert "\n" not in message
+    assert not has_adapter(experiment)
+    if full_at != TRAINING_RESULT:
+        assert message.startswith(f"{experiment.adapter} could not be written ([Errno 28] No space left on device")
+        with pytest.raises(AdapterError, match="holds no adapter"):
+            PTPModel.from_pretrained(experiment.directory)
+    train(experiment)
+    assert read_training_result(experiment) == result
+    written = files(experiment.adapter)
+    assert {path: written[path] for path in whole} == whole
 
 
 # What is refused
@@ -298,6 +417,45 @@ def test_a_base_model_changed_after_pregeneration_is_refused(
     with pytest.raises(DataError, match="was sampled from another base model"):
         train(changed(finished, f"base_model={tiny_experiment(tmp_path, seed=1).base_model}"))
     assert files(finished.directory) == before
+
+
+def test_a_store_in_the_tokens_of_another_tokenizer_is_refused(
+    finished: Experiment, config: ExperimentConfig, tmp_path: Path
+) -> None:
+    shutil.copytree(config.base_model, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocabulary = content["model"]["vocab"]
+    one, other = (token for token, number in vocabulary.items() if number in (100, 101))
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    path.write_text(json.dumps(content))
+    before = files(finished.directory)
+    with pytest.raises(DataError, match=r"a tokenizer of another vocabulary than that of .*; pregenerate into a new"):
+        train(changed(finished, f"base_model={tmp_path / 'model'}"))
+    assert files(finished.directory) == before
+
+
+@pytest.mark.parametrize("mode", ["fixed", "full-chat"])
+def test_tokens_that_the_base_model_has_no_embedding_for_are_refused(
+    chat_experiment: Callable, tiny_llama: Callable, tmp_path: Path, mode: Mode
+) -> None:
+    config = chat_experiment(tmp_path, mode)
+    tiny_llama(vocab_size=120, context=96).save_pretrained(config.base_model)
+    experiment = distill(tmp_path / "experiment", config)
+    with pytest.raises(DataError, match=r"hold the token id \d+, the base model has embeddings for 120 tokens"):
+        train(experiment)
+    assert not experiment.checkpoints.exists()
+
+
+def test_held_out_documents_on_which_nothing_can_be_measured_are_refused_at_once(
+    sampled: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = training_data(sampled)
+    short = [replace(held, spans=((len(held) - 1, len(held)),), lower=None, upper=None) for held in data.validation]
+    monkeypatch.setattr("ptp.stages.train.training_data", lambda *_: replace(data, validation=Documents.of(short)))
+    with pytest.raises(DataError, match=r"none of the \d held-out documents has two trained tokens in a row"):
+        train(sampled)
+    assert not sampled.checkpoints.exists()
 
 
 def test_training_before_pregenerating_says_so(config: ExperimentConfig, tmp_path: Path) -> None:

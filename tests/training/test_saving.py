@@ -321,7 +321,7 @@ def test_weights_that_a_step_spoilt_are_not_saved(
                 parameter.fill_(value)
 
     trainer = new_trainer(callbacks=[At("on_step_end", 8, spoil)], model=model)
-    with pytest.raises(ConfigError, match="the validation loss is not finite at step 8: .*checkpoint-4 is kept"):
+    with pytest.raises(ConfigError, match=r"the validation loss is not finite at step 8: .*checkpoint-4 is kept"):
         run(trainer)
     assert checkpoints(trainer) == [4]
 
@@ -343,7 +343,10 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_written_checkpoint(
     # Of files that are larger than those before.
     too_large = full_at in ("adapter_model.safetensors", "optimizer.pt")
     room = disk_with_room_for_files_of(sizes[full_at] - 1)
-    refusing = {"metrics.json": "ptp.training.trainer.Path.write_text", "trainer_state.json": "transformers.TrainerState.save_to_json"}
+    refusing = {
+        "metrics.json": "ptp.training.trainer.Path.write_text",
+        "trainer_state.json": "transformers.TrainerState.save_to_json",
+    }
 
     def fill_disk() -> None:
         if too_large:
@@ -416,7 +419,7 @@ def test_too_little_memory_for_a_checkpoint_is_not_a_full_disk(
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(ConfigError, match="^out of memory with"):
+    with pytest.raises(ConfigError, match=r"^out of memory with"):
         run(new_trainer())
 
 
@@ -433,7 +436,10 @@ def test_an_error_of_ours_keeps_its_traceback(new_trainer: Callable[..., PTPTrai
     [
         ({"batch_size": 8}, "go on with train.batch_size=4 train.gradient_accumulation_steps=4, which trains the same"),
         ({"batch_size": 9}, "go on with train.batch_size=3 train.gradient_accumulation_steps=6, which trains the same"),
-        ({"batch_size": 7}, "go on with train.batch_size=1 train.gradient_accumulation_steps=14, which trains the same"),
+        (
+            {"batch_size": 7},
+            "go on with train.batch_size=1 train.gradient_accumulation_steps=14, which trains the same",
+        ),
         ({"batch_size": 1}, "go on with train.gradient_checkpointing=true, which trains the same in more time"),
         (
             {"batch_size": 1, "gradient_checkpointing": True},

@@ -36,7 +36,7 @@ class Provenance(Record):
     completions_per_prompt: int
     shard_size: int
     prompts_fingerprint: str
-    vocabulary_fingerprint: str
+    vocabulary_fingerprint: str = ""
 
 
 class CompletionStore:

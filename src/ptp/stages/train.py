@@ -252,7 +252,8 @@ def check_teacher(experiment: Experiment, found: str) -> None:
     Those of an endpoint or of a file tell nothing about the model.
     """
     provenance = CompletionStore(experiment.completions).provenance
-    if provenance.vocabulary_fingerprint != vocabulary_fingerprint(load_tokenizer(experiment.base_model)):
+    vocabulary = vocabulary_fingerprint(load_tokenizer(experiment.base_model))
+    if (provenance.vocabulary_fingerprint or vocabulary) != vocabulary:
         raise DataError(
             f"{experiment.completions} was made with a tokenizer of another vocabulary than that of "
             f"{experiment.config.base_model}; pregenerate into a new directory"
