@@ -2,16 +2,19 @@
 
 import json
 import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from command_line import Result, check_refused, files, notes, program, typed
+from command_line import PATIENCE, Result, check_refused, files, notes, program, typed
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -509,3 +512,42 @@ def test_a_stopped_command_leaves_without_a_traceback(experiment: Path, monkeypa
     result = typed(pregenerate.main, experiment)
     assert result.code == 130
     assert result.err == "stopped; what is done is kept, and the same command goes on from there\n"
+
+
+def lines_of(process: subprocess.Popen[str]) -> Iterator[str]:
+    assert process.stderr is not None
+    return iter(process.stderr.readline, "")
+
+
+def test_a_training_that_is_told_to_end_says_so_in_one_line_and_goes_on_from_the_step_it_was_at(
+    root: Path, damaged: Path
+) -> None:
+    settings = ["train.max_steps=40", "train.save_every=30", "train.log_every=1", "train.report_to=[]"]
+    shutil.rmtree(damaged / "checkpoints")
+    shutil.copytree(damaged, root / "whole")
+    command = [sys.executable, "-m", "ptp.cli.main", "train", str(damaged), *settings, "--no-measure"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    lines = lines_of(process)
+    assert any("step 3/40 " in line for line in lines)
+    process.send_signal(signal.SIGTERM)
+    rest = [line for line in lines if "step" not in line]
+    assert process.wait(PATIENCE) == 143
+    assert rest == ["stopped; what is done is kept, and the same command goes on from there\n"]
+    (checkpoint,) = (damaged / "checkpoints").glob("checkpoint-*")
+    assert 3 <= int(checkpoint.name.removeprefix("checkpoint-")) < 30
+    for directory in (damaged, root / "whole"):
+        assert typed(train.main, directory, *settings, "--no-measure").code == 0
+    for name in ("adapter_model.safetensors", "auxiliary.safetensors"):
+        assert (damaged / "adapter" / name).read_bytes() == (root / "whole" / "adapter" / name).read_bytes()
+    shutil.rmtree(root / "whole")
+
+
+def test_events_that_a_full_disk_does_not_take_are_one_line_too(damaged: Path) -> None:
+    """They are the first file that grows so large, and a thread writes them."""
+    shutil.rmtree(damaged / "checkpoints")
+    command = [sys.executable, "-m", "ptp.cli.main", "train", str(damaged), "train.max_steps=60", "train.log_every=1"]
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (3_000, 3_000))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, preexec_fn=limit, check=False)
+    assert done.returncode == 2
+    (line,) = (line for line in done.stderr.splitlines() if not line.startswith("step "))
+    assert line.startswith("error: training stopped ([Errno 27] File too large): there is no checkpoint yet; make room")

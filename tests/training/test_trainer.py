@@ -229,6 +229,60 @@ def test_a_tracker_is_told_the_losses(
         assert any("loss" in logs for logs in told) == bool(names)
 
 
+@torch.no_grad()
+def judged_by_hand(model: PTPModel, trainer: PTPTrainer, items: range) -> dict[str, float]:
+    """A row of the log for a one-hot model that does not change, from the windows of sequences one by one."""
+    correct, counted, drafts, lost, masked, targets = [0] * 4, [0] * 4, [[0, 0] for _ in range(4)], 0.0, 0, 0
+    for item in (trainer.train_dataset[number] for number in items):
+        batch = collate([item])
+        output = model(**batch)
+        logits = model.logits(output.windows[0]).unflatten(0, (-1, 4))
+        for scores, start in zip(logits, item.starts.tolist(), strict=True):
+            unbroken = True
+            for index in range(4):
+                place = start + model.ptp_config.shift + 1 + index
+                if place >= len(item.ids) or item.span[place] != item.span[start]:
+                    break
+                if not output.mass[0, place]:
+                    masked, unbroken = masked + 1, False
+                    continue
+                right = int(scores[index].argmax()) == int(item.ids[place])
+                correct[index], counted[index] = correct[index] + right, counted[index] + 1
+                targets, lost = targets + 1, lost - float(scores[index].log_softmax(-1)[item.ids[place]])
+                if unbroken:
+                    drafts[index][0], drafts[index][1] = drafts[index][0] + right, drafts[index][1] + 1
+                unbroken = unbroken and right
+    survival = np.cumprod([right / tried for right, tried in drafts[trainer.model.ptp_config.lead :]])
+    return {
+        "loss": lost / targets,
+        "correct": float(survival.sum()),
+        "accuracy": sum(correct) / targets,
+        "masked": masked / (masked + targets),
+        **{f"accuracy/{index}": right / of for index, (right, of) in enumerate(zip(correct, counted, strict=True))},
+    }
+
+
+def test_a_row_of_the_log_is_of_all_windows_since_the_row_before(directory: Path, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(2, 12, rng.integers(8, 30)).astype(np.int32) for _ in range(30)]
+    documents = Documents.of([Document(text, ((1, len(text)),), number=n) for n, text in enumerate(texts)])
+    base = load_base_model(str(directory))
+    model = PTPModel(base, PTPConfig(variant="one_hot", window=4, lora_rank=4))
+    rule = SamplingRule(top_k=8)
+    model.rule = rule
+    # Steps too small to change what it predicts, of parts with unequal numbers of targets.
+    changes = {"batch_size": 2, "gradient_accumulation_steps": 3, "log_every": 2, "save_every": 5, "max_steps": 7}
+    changes |= {"learning_rate": 1e-30, "sequence_length": 32}
+    trainer = PTPTrainer(model, CONFIG.model_copy(update=changes), rule, documents, tmp_path)
+    trainer.train()
+    rows = {row["step"]: row for row in trainer.state.log_history if "loss" in row}
+    assert list(rows) == [2, 4, 6]
+    for step, row in rows.items():
+        expected = judged_by_hand(model, trainer, range(6 * (step - 2), 6 * step))
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+        assert 0 < row["masked"] < row["accuracy"] + 1
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_killed_and_resumed_training_ends_with_the_same_adapter_as_an_uninterrupted_one(
     directory: Path, completions: Documents, tmp_path: Path, optimizer: str

@@ -116,7 +116,7 @@ def train(
     # Weights are drawn after seeding, so that a run and its repetition start alike.
     set_seed(settings.seed)
     model = new_model(experiment)
-    check_vocabulary(data, model.base_model.get_input_embeddings().num_embeddings)
+    check_vocabulary(data, len(model.base_model.get_input_embeddings().weight))
     model.rule = rule
     keep_settings(experiment, data, model.base_fingerprint)
     experiment.record_run("train", data.fingerprint)
