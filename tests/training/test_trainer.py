@@ -252,7 +252,7 @@ def judged_by_hand(model: PTPModel, trainer: PTPTrainer, items: range) -> dict[s
                 if unbroken:
                     drafts[index][0], drafts[index][1] = drafts[index][0] + right, drafts[index][1] + 1
                 unbroken = unbroken and right
-    survival = np.cumprod([right / tried for right, tried in drafts[trainer.model.ptp_config.lead :]])
+    survival = np.cumprod([right / max(1, tried) for right, tried in drafts[trainer.model.ptp_config.lead :]])
     return {
         "loss": lost / targets,
         "correct": float(survival.sum()),

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 
@@ -116,7 +117,7 @@ def train(
     # Weights are drawn after seeding, so that a run and its repetition start alike.
     set_seed(settings.seed)
     model = new_model(experiment)
-    check_vocabulary(data, len(model.base_model.get_input_embeddings().weight))
+    check_vocabulary(data, cast(nn.Embedding, model.base_model.get_input_embeddings()).num_embeddings)
     model.rule = rule
     keep_settings(experiment, data, model.base_fingerprint)
     experiment.record_run("train", data.fingerprint)
