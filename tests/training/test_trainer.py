@@ -232,6 +232,7 @@ def test_a_tracker_is_told_the_losses(
 @torch.no_grad()
 def judged_by_hand(model: PTPModel, trainer: PTPTrainer, items: range) -> dict[str, float]:
     """A row of the log for a one-hot model that does not change, from the windows of sequences one by one."""
+    shift, lead = model.ptp_config.shift, model.ptp_config.lead
     correct, counted, drafts, lost, masked, targets = [0] * 4, [0] * 4, [[0, 0] for _ in range(4)], 0.0, 0, 0
     for item in (trainer.train_dataset[number] for number in items):
         batch = collate([item])
@@ -240,19 +241,20 @@ def judged_by_hand(model: PTPModel, trainer: PTPTrainer, items: range) -> dict[s
         for scores, start in zip(logits, item.starts.tolist(), strict=True):
             unbroken = True
             for index in range(4):
-                place = start + model.ptp_config.shift + 1 + index
+                place = start + shift + 1 + index
                 if place >= len(item.ids) or item.span[place] != item.span[start]:
                     break
                 if not output.mass[0, place]:
-                    masked, unbroken = masked + 1, False
+                    masked, unbroken = masked + 1, unbroken and index < lead
                     continue
                 right = int(scores[index].argmax()) == int(item.ids[place])
                 correct[index], counted[index] = correct[index] + right, counted[index] + 1
                 targets, lost = targets + 1, lost - float(scores[index].log_softmax(-1)[item.ids[place]])
                 if unbroken:
                     drafts[index][0], drafts[index][1] = drafts[index][0] + right, drafts[index][1] + 1
-                unbroken = unbroken and right
-    survival = np.cumprod([right / max(1, tried) for right, tried in drafts[trainer.model.ptp_config.lead :]])
+                # What comes before the first draft is known when decoding.
+                unbroken = unbroken and (right or index < lead)
+    survival = np.cumprod([right / max(1, tried) for right, tried in drafts[lead:]])
     return {
         "loss": lost / targets,
         "correct": float(survival.sum()),
