@@ -127,7 +127,6 @@ def test_tokens_that_the_rule_cannot_give_are_masked_and_counted_when_intervals_
         masses[tuple(text)] = [False, *(mass > 0).tolist()]
     stream = make_stream(documents, CONFIG, 4)
     stream.length *= -(-EVALUATION_WINDOWS // (len(stream) * CONFIG.windows_per_sequence))
-    stream.length = -(-stream.length // CONFIG.batch_size) * CONFIG.batch_size
     num_targets = num_masked = 0
     for item in (stream[i] for i in range(len(stream))):
         for start in item.starts.tolist():
