@@ -4,10 +4,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -67,13 +68,20 @@ def sampled(config: ExperimentConfig, alone: Experiment, tmp_path: Path) -> Expe
     return experiment
 
 
-def start(experiment: Experiment, *settings: str, program: str = PROGRAM) -> subprocess.Popen[str]:
-    """Two processes that train together."""
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
+
+
+def start(
+    experiment: Experiment,
+    *settings: str,
+    program: str = PROGRAM,
+    launcher: Sequence[str] = (*TORCHRUN, "2", "--standalone"),
+) -> subprocess.Popen[str]:
+    """Processes that train together; two, unless the launcher says otherwise."""
     path = experiment.directory.parent / "program.py"
     path.write_text(program)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(path), "train", str(experiment.directory), *settings, "--no-measure"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(path), "train", str(experiment.directory), *settings, "--no-measure"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
 
 
@@ -111,6 +119,27 @@ def test_two_processes_train_as_one_does_with_the_same_sequences_in_a_step(
     weights = sum(path.stat().st_size for path in sampled.adapter.glob("*.safetensors"))
     for checkpoint in sampled.checkpoints.glob("checkpoint-*"):
         assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 4 * weights + 100_000
+
+
+@pytest.mark.slow
+def test_accelerate_launch_starts_them_too(sampled: Experiment, alone: Experiment) -> None:
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    process = start(sampled, *TOGETHER, launcher=(accelerate, "launch", "--multi-gpu", "--num-processes", "2"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    check_same(sampled, alone)
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one_does(sampled: Experiment, alone: Experiment) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meeting = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}")
+    machines = [start(sampled, *TOGETHER, launcher=(*TORCHRUN, "1", *meeting)) for _ in range(2)]
+    outputs = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    check_same(sampled, alone)
 
 
 @pytest.mark.slow
