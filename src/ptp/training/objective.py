@@ -47,13 +47,13 @@ class Objective:
 
     def target_weights(self, model: PTPModel) -> Tensor:
         """(K,): a window's first token, where it is a target, weighs as much as what its first position predicts."""
-        return F.pad(self.weights, (int(self.learns_first(model)), 0), value=1.0).to(model.device)
+        return F.pad(self.weights, (int(self.learns_first(model)), 0), value=1.0)
 
     def num_items(self, batch: dict[str, Tensor], model: PTPModel) -> Tensor:
         """() the summed weights of a batch's targets, with those to which the rule will turn out to give no mass."""
         everything = torch.ones_like(batch["span"], dtype=torch.bool)
         targets = targets_of(batch, everything, model, self.learns_first(model))
-        return (targets.in_span * self.target_weights(model).to(targets.in_span.device)).sum()
+        return (targets.in_span * self.target_weights(model).to(batch["span"].device)).sum()
 
 
 def measured_pass(model: nn.Module, batch: dict[str, Tensor], objective: Objective) -> tuple[Tensor, WindowMetrics]:
@@ -102,7 +102,7 @@ def _measure(
         trained_states(output, batch, model, first),
         output.context,
         targets,
-        objective.target_weights(model),
+        objective.target_weights(model).to(batch["span"].device),
         rule,
         summed=partial(summed_loss, model.base_model),
         logits_of=model.logits,

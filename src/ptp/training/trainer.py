@@ -98,7 +98,7 @@ class PTPTrainer(Trainer):
         self.add_callback(self.saver)
         # The loss comes out divided by what `_get_num_items_in_batch` says.
         self.model_accepts_loss_kwargs = True
-        weights = config.position_decay ** torch.arange(window, dtype=torch.float32, device=model.device)
+        weights = config.position_decay ** torch.arange(window, dtype=torch.float32)
         self.objective: Objective = Objective(rule, weights, config.distillation, config.inverse)
         self.running = WindowMetrics.zeros(model.ptp_config)
         self.losses: list[Tensor] = []
@@ -180,7 +180,8 @@ class PTPTrainer(Trainer):
 
         Before a checkpoint holds what came of it.
         """
-        losses, self.losses = self._summed(torch.stack([*self.losses, torch.zeros(())])).cpu()[:-1], []
+        none = torch.zeros(0, device=self.args.device)
+        losses, self.losses = self._summed(torch.stack(self.losses) if self.losses else none).cpu(), []
         wrong = torch.nonzero(~losses.isfinite()).flatten().tolist()
         if not wrong and math.isfinite(grad_norm):
             return
