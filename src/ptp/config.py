@@ -208,7 +208,8 @@ class TrainConfig(Record):
     (categorical only). position_decay: γ, weight γ^k of window index k. gradient_checkpointing: keep less for the
     backward pass and compute it again there, for less memory and more time. save_every: steps between checkpoints, each
     evaluated on held-out windows; save_minutes: minutes between further ones. log_every: steps between rows of metrics.
-    budget: positions of a decoding call that τ is simulated for. fsdp: several processes share the weights. report_to:
+    budget: positions of a decoding call that τ is simulated for. fsdp: the base model's weights are shared out between
+    the processes of several GPUs. report_to:
     trackers, as transformers names them.
     """
 

@@ -57,6 +57,17 @@ class ExperimentConfig(Record):
         return self
 
     @model_validator(mode="after")
+    def _fsdp(self) -> ExperimentConfig:
+        if self.train.fsdp and self.model.trains_all:
+            raise ValueError(
+                "train.fsdp shares out a frozen base model between processes; where all weights train, each process "
+                "needs them whole: set train.fsdp to false"
+            )
+        if self.train.fsdp and self.train.optimizer != "adamw":
+            raise ValueError(f"train.fsdp needs train.optimizer adamw; got {self.train.optimizer}")
+        return self
+
+    @model_validator(mode="after")
     def _inverse(self) -> ExperimentConfig:
         if not self.train.inverse:
             return self

@@ -550,4 +550,4 @@ def test_events_that_a_full_disk_does_not_take_are_one_line_too(damaged: Path) -
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, preexec_fn=limit, check=False)
     assert done.returncode == 2
     (line,) = (line for line in done.stderr.splitlines() if not line.startswith("step "))
-    assert line.startswith("error: training stopped ([Errno 27] File too large): there is no checkpoint yet; make room")
+    assert line.startswith("error: training stopped ([Errno 27] File too large): there is no checkpoint yet; mend that")

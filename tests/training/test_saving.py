@@ -377,7 +377,7 @@ def test_a_tracker_that_cannot_write_is_one_line_too(new_trainer: Callable[..., 
         run(trainer)
     kept = trainer.output_dir / "checkpoint-4"
     assert str(caught.value) == (
-        f"training stopped ([Errno 28] No space left on device): {kept} is kept; make room and run the same command "
+        f"training stopped ([Errno 28] No space left on device): {kept} is kept; mend that and run the same command "
         "again"
     )
 

@@ -63,7 +63,8 @@ def resumable() -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, Terminated) as stop:
-        note("stopped; what is done is kept, and the same command goes on from there")
+        if rank() == 0:
+            note("stopped; what is done is kept, and the same command goes on from there")
         # As a shell has it: 128 and the number of the signal.
         raise typer.Exit(128 + (SIGTERM if isinstance(stop, Terminated) else SIGINT)) from None
 

@@ -228,7 +228,8 @@ def _readme(experiment: Experiment) -> str:
         "fixed": "the texts of",
     }[data.mode]
     sampling = f"    ptp_pregenerate {directory}\n" if data.distils else ""
-    several = f"    torchrun --nproc-per-node 4 -m ptp.cli.main pregenerate {directory}\n"
+    stages = ("pregenerate", "train") if data.distils else ("train",)
+    several = "".join(f"    torchrun --nproc-per-node 4 -m ptp.cli.main {stage} {directory}\n" for stage in stages)
     return f"""# {directory.name}
 
 Makes `{config.base_model}` parallel with {what} `{data.path}`. Sampling rule of every stage: {config.sampling}.
@@ -239,4 +240,7 @@ Makes `{config.base_model}` parallel with {what} `{data.path}`. Sampling rule of
 
 Settings are in `experiment.yaml`, `pregenerate.yaml` and `train.yaml`; one may be given for a single run, as in
 `ptp_train {directory} train.learning_rate=3e-4`. Every stage goes on where it was stopped.
-""" + (f"\nOn several GPUs, each process samples its own share:\n\n{several}" if data.distils else "")
+
+On four GPUs, with `train.batch_size` a fourth of what it is here, since it is that of a process:
+
+{several}"""

@@ -45,7 +45,7 @@ SETTINGS = "settings.json"
 
 MAY_CHANGE = (
     *("max_steps", "num_epochs", "save_every", "save_minutes", "log_every", "budget", "report_to"),
-    *("gradient_checkpointing", "fsdp", "batch_size", "gradient_accumulation_steps"),
+    *("gradient_checkpointing", "batch_size", "gradient_accumulation_steps"),
 )
 """Settings that a training may go on with others of, as long as its steps are of as many sequences."""
 

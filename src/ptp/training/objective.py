@@ -47,13 +47,13 @@ class Objective:
 
     def target_weights(self, model: PTPModel) -> Tensor:
         """(K,): a window's first token, where it is a target, weighs as much as what its first position predicts."""
-        return F.pad(self.weights, (int(self.learns_first(model)), 0), value=1.0).to(model.device)
+        return F.pad(self.weights, (int(self.learns_first(model)), 0), value=1.0)
 
     def num_items(self, batch: dict[str, Tensor], model: PTPModel) -> Tensor:
         """() the summed weights of a batch's targets, with those to which the rule will turn out to give no mass."""
         everything = torch.ones_like(batch["span"], dtype=torch.bool)
         targets = targets_of(batch, everything, model, self.learns_first(model))
-        return (targets.in_span * self.target_weights(model).to(targets.in_span.device)).sum()
+        return (targets.in_span * self.target_weights(model).to(batch["span"].device)).sum()
 
 
 def measured_pass(model: nn.Module, batch: dict[str, Tensor], objective: Objective) -> tuple[Tensor, WindowMetrics]:
@@ -102,7 +102,7 @@ def _measure(
         trained_states(output, batch, model, first),
         output.context,
         targets,
-        objective.target_weights(model),
+        objective.target_weights(model).to(batch["span"].device),
         rule,
         summed=partial(summed_loss, model.base_model),
         logits_of=model.logits,
@@ -120,27 +120,28 @@ def evaluate_windows(
 ) -> WindowMetrics:
     """Measure predictions on held-out documents, u uniform in its interval: the share of one of several processes.
 
-    Enough passes are made for `EVALUATION_WINDOWS`, and batches enough that every process has as many. Under inverse
-    autoregressive training the loss is the one trained; what is right is told by intervals of who is to verify: those
-    stored, or those of the context's distributions.
+    Enough passes are made for `EVALUATION_WINDOWS`. Under inverse autoregressive training the loss is the one trained;
+    what is right is told by intervals of who is to verify: those stored, or those of the context's distributions.
     """
     own = _unwrapped(model)
     was_training = model.training
     model.eval()
     objective = Objective(rule, torch.ones(own.ptp_config.window))
     stream = make_stream(documents, config.model_copy(update={"beta": 1.0}), own.ptp_config.window)
-    passes = -(-EVALUATION_WINDOWS // (len(stream) * config.windows_per_sequence))
-    num_batches = -(-passes * len(stream) // (config.batch_size * world_size))
-    stream.length = num_batches * config.batch_size * world_size
+    stream.length *= -(-EVALUATION_WINDOWS // (len(stream) * config.windows_per_sequence))
     metrics = WindowMetrics.zeros(own.ptp_config)
-    for number in range(rank, num_batches * world_size, world_size):
-        items = [stream[number * config.batch_size + place] for place in range(config.batch_size)]
+    num_batches = -(-len(stream) // config.batch_size)
+    for number in range(rank, -(-num_batches // world_size) * world_size, world_size):
+        # Processes that share the weights call the model together: one that has no batch left repeats the first.
+        counts = number < num_batches
+        begin = number * config.batch_size if counts else 0
+        items = [stream[i] for i in range(begin, min(begin + config.batch_size, len(stream)))]
         batch = {name: tensor.to(own.device) for name, tensor in collate(items).items()}
         found = measured_pass(model, batch, objective)[1]
         if config.inverse:
             trained = measured_pass(model, batch, replace(objective, inverse=True))[1]
             found = replace(found, cross_entropy=trained.cross_entropy, scored=trained.scored)
-        metrics = metrics + found
+        metrics = metrics + found if counts else metrics
     model.train(was_training)
     return metrics
 

@@ -74,6 +74,7 @@ class PTPTrainer(Trainer):
                 config,
                 num_steps,
                 output_dir,
+                model.device,
                 bf16=model.ptp_config.trains_all and config.dtype == "bfloat16",
                 evaluates=validation is not None,
                 layers=list(model.base_model._no_split_modules or ()),
@@ -83,13 +84,20 @@ class PTPTrainer(Trainer):
             data_collator=collate,
             callbacks=list(callbacks),
         )
+        if self.is_fsdp_enabled != (config.fsdp and num_processes > 1):
+            raise ConfigError(
+                f"train.fsdp is {str(config.fsdp).lower()}, but accelerate "
+                f"{'has been configured to' if self.is_fsdp_enabled else 'does not'} share out weights between these "
+                f"processes, on {model.device.type}; set train.fsdp accordingly (it needs GPUs), and leave FSDP out of "
+                "accelerate's own configuration"
+            )
         # The live table and the log are the callbacks' business, not standard output's.
         self.remove_callback(PrinterCallback)
         self.saver = SaveWhenAsked(config.save_minutes)
         self.add_callback(self.saver)
         # The loss comes out divided by what `_get_num_items_in_batch` says.
         self.model_accepts_loss_kwargs = True
-        weights = config.position_decay ** torch.arange(window, dtype=torch.float32, device=model.device)
+        weights = config.position_decay ** torch.arange(window, dtype=torch.float32)
         self.objective: Objective = Objective(rule, weights, config.distillation, config.inverse)
         self.running = WindowMetrics.zeros(model.ptp_config)
         self.losses: list[Tensor] = []
@@ -110,7 +118,7 @@ class PTPTrainer(Trainer):
                 output = super().train(*args, **kwargs)
         except OSError as error:
             raise DataError(
-                f"training stopped ({error}): {self._kept()}; make room and run the same command again"
+                f"training stopped ({error}): {self._kept()}; mend that and run the same command again"
             ) from error
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
@@ -171,9 +179,11 @@ class PTPTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         control = self.control
-        self.norms.append(grad_norm)
-        if control.should_log or control.should_evaluate or control.should_save:
-            self._check_finite()
+        # There is none when it is called once more, after the last step.
+        if self.losses:
+            self.norms.append(grad_norm)
+            if control.should_log or control.should_evaluate or control.should_save:
+                self._check_finite()
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def _check_finite(self) -> None:
@@ -369,9 +379,16 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def _arguments(
-    config: TrainConfig, num_steps: int, output_dir: Path, bf16: bool, evaluates: bool, layers: list[str]
+    config: TrainConfig,
+    num_steps: int,
+    output_dir: Path,
+    device: torch.device,
+    bf16: bool,
+    evaluates: bool,
+    layers: list[str],
 ) -> TrainingArguments:
-    return TrainingArguments(
+    shares = config.fsdp and world_size() > 1
+    arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=num_steps,
         per_device_train_batch_size=config.batch_size,
@@ -381,7 +398,8 @@ def _arguments(
         warmup_steps=config.warmup_steps,
         max_grad_norm=1.0,
         bf16=bf16,
-        use_cpu=bf16 and not torch.cuda.is_available(),
+        # Else processes on CPUs would not find each other.
+        use_cpu=device.type == "cpu",
         save_strategy="steps",
         save_steps=config.save_every,
         save_total_limit=2,
@@ -397,8 +415,11 @@ def _arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
-        fsdp=cast(Any, config.fsdp),  # the annotation is that of the command line's argument
-        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": layers} if config.fsdp else None,
+        fsdp=cast(Any, shares),  # the annotation is that of the command line's argument
+        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": layers} if shares else None,
         report_to=list(config.report_to),
         disable_tqdm=True,
     )
+    # One process trains on one device: the Trainer would split a batch over all that it sees.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments
