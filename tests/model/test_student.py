@@ -35,8 +35,9 @@ from ptp.scaling import build_student
 from ptp.stages import train as stage
 from ptp.stages.pregenerate import import_completions, pregenerate
 from ptp.stages.train import read_training_result, train
+from ptp.training.checkpoints import last_complete_checkpoint
 from ptp.training.objective import evaluate_windows, make_stream
-from ptp.training.trainer import PTPTrainer, last_complete_checkpoint
+from ptp.training.trainer import PTPTrainer
 
 SIZE = StudentConfig(hidden_size=32, num_layers=2, num_heads=2)
 

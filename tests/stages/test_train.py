@@ -47,9 +47,9 @@ from ptp.stages.train import (
     training_data,
     validation_prompts,
 )
+from ptp.training.checkpoints import last_complete_checkpoint
 from ptp.training.losses import window_targets
 from ptp.training.objective import make_stream
-from ptp.training.trainer import last_complete_checkpoint
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 WEIGHTS = ("adapter_model.safetensors", "auxiliary.safetensors")

@@ -25,8 +25,9 @@ from ptp.sampling import SamplingRule, inside, interval, pick, warp
 from ptp.scaling import build_student
 from ptp.stages.distill import distill
 from ptp.stages.train import train
+from ptp.training.checkpoints import last_complete_checkpoint
 from ptp.training.objective import evaluate_windows, make_stream
-from ptp.training.trainer import PTPTrainer, last_complete_checkpoint
+from ptp.training.trainer import PTPTrainer
 
 WINDOW, VOCABULARY = 4, 40
 RULE = SamplingRule(temperature=0.7)

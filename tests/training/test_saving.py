@@ -25,7 +25,8 @@ from ptp.errors import ConfigError, DataError, Terminated
 from ptp.model.ptp_model import PTPModel
 from ptp.training import saving
 from ptp.training import trainer as module
-from ptp.training.trainer import PTPTrainer, last_complete_checkpoint
+from ptp.training.checkpoints import last_complete_checkpoint
+from ptp.training.trainer import PTPTrainer
 
 TIMED = {"tokens_per_second", "memory_gb"}
 SETTINGS = CONFIG.model_copy(

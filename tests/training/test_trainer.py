@@ -23,8 +23,9 @@ from ptp.model.loading import load_base_model
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule, probability, token_intervals, warp
 from ptp.training import trainer as module
+from ptp.training.checkpoints import last_complete_checkpoint
 from ptp.training.objective import EVALUATION_WINDOWS, evaluate_windows, make_stream
-from ptp.training.trainer import PTPTrainer, check_trackers, last_complete_checkpoint
+from ptp.training.trainer import PTPTrainer, check_trackers
 
 
 @pytest.fixture(scope="module")

@@ -31,8 +31,9 @@ from ptp.records import differences
 from ptp.scaling import build_student
 from ptp.stages import Progress, unheard
 from ptp.stages.prepare import prepare
+from ptp.training.checkpoints import last_complete_checkpoint
 from ptp.training.curves import Curve, curves
-from ptp.training.trainer import PTPTrainer, check_trackers, last_complete_checkpoint
+from ptp.training.trainer import PTPTrainer, check_trackers
 
 TRAINING_RESULT = "training.json"
 """In the adapter directory; written last."""

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME
 
 from ptp.attention import use_flex_attention
 from ptp.config import TrainConfig
@@ -28,6 +28,8 @@ from ptp.errors import ConfigError, DataError
 from ptp.model.ptp_model import PTPModel
 from ptp.processes import world_size
 from ptp.sampling import SamplingRule
+from ptp.training.checkpoints import remove_incomplete_checkpoints
+from ptp.training.failures import is_out_of_memory, kept, not_finite, not_written, out_of_memory
 from ptp.training.metrics import WindowMetrics
 from ptp.training.objective import Objective, evaluate_windows, make_stream, measured_pass
 from ptp.training.optimizers import make_optimizer
@@ -118,11 +120,11 @@ class PTPTrainer(Trainer):
                 output = super().train(*args, **kwargs)
         except OSError as error:
             raise DataError(
-                f"training stopped ({error}): {self._kept()}; mend that and run the same command again"
+                f"training stopped ({error}): {kept(self.output_dir)}; mend that and run the same command again"
             ) from error
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
-                raise ConfigError(self._out_of_memory()) from error
+                raise ConfigError(out_of_memory(self.config, self.output_dir)) from error
             raise
         self._load_best_model()
         return output
@@ -196,7 +198,8 @@ class PTPTrainer(Trainer):
         norms, self.losses, self.norms = self.norms, [], []
         for number, (loss, norm) in enumerate(zip(losses, norms, strict=True), self.state.global_step - len(norms) + 1):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise ConfigError(self._not_finite("gradient" if math.isfinite(loss) else "loss", number))
+                what = "gradient" if math.isfinite(loss) else "loss"
+                raise ConfigError(not_finite(what, number, self.config, self.output_dir))
 
     # --- Evaluation ---------------------------------------------------------------------------------------------------
 
@@ -213,7 +216,7 @@ class PTPTrainer(Trainer):
         with self._off_the_clock():
             rates = self._rates(metrics := self.measure(), prefix="eval_")
             if not math.isfinite(rates["eval_loss"]):
-                raise ConfigError(self._not_finite("validation loss", self.state.global_step))
+                raise ConfigError(not_finite("validation loss", self.state.global_step, self.config, self.output_dir))
             self.model.survival = metrics.survival
             self.log(rates)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, rates)
@@ -274,30 +277,12 @@ class PTPTrainer(Trainer):
         except (OSError, SafetensorError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise DataError(
-                f"{directory} could not be written ({reason}); make room and run the same command again: {self._kept()}"
-            ) from error
+            raise DataError(not_written(directory, error, self.output_dir)) from error
 
     @property
     def output_dir(self) -> Path:
         """The directory of the checkpoints."""
         return Path(cast(str, self.args.output_dir))
-
-    def _kept(self) -> str:
-        last = last_complete_checkpoint(self.output_dir)
-        return f"{last} is kept" if last else "there is no checkpoint yet"
-
-    def _anew(self) -> str:
-        """How to begin with settings that training does not go on with."""
-        return f"remove {self.output_dir} and" if last_complete_checkpoint(self.output_dir) else "run it again and"
-
-    def _not_finite(self, what: str, step: int) -> str:
-        config = self.config
-        advice = f"lower train.learning_rate ({config.learning_rate:g})"
-        if config.dtype != "float32":
-            advice += " or set train.dtype to float32"
-        return f"the {what} is not finite at step {step}: training stopped, {self._kept()}; {self._anew()} {advice}"
 
     # --- Processes, time and memory -----------------------------------------------------------------------------------
 
@@ -313,50 +298,6 @@ class PTPTrainer(Trainer):
             yield
         finally:
             self.paused += time.monotonic() - started
-
-    def _out_of_memory(self) -> str:
-        config = self.config
-        step = f"{config.batch_size} sequences of {config.sequence_length} tokens at a time"
-        if config.batch_size > 1:
-            # Half of it, where that is a whole number of sequences: a step must stay one of as many.
-            parts = next(number for number in range(2, config.batch_size + 1) if config.batch_size % number == 0)
-            accumulated = parts * config.gradient_accumulation_steps
-            advice = f"train.batch_size={config.batch_size // parts} train.gradient_accumulation_steps={accumulated}"
-            advice = f"go on with {advice}, which trains the same"
-        elif not config.gradient_checkpointing:
-            advice = "go on with train.gradient_checkpointing=true, which trains the same in more time"
-        elif config.windows_per_sequence > 1:
-            advice = f"{self._anew()} set train.windows_per_sequence to {config.windows_per_sequence // 2}"
-        else:
-            advice = f"{self._anew()} lower train.sequence_length"
-        return f"out of memory with {step}: {self._kept()}; {advice}"
-
-
-def last_complete_checkpoint(directory: Path) -> str | None:
-    """The newest checkpoint whose writing was not cut short; its trainer_state.json is written last."""
-    complete = [path for path in directory.glob("checkpoint-*") if _is_json(path / TRAINER_STATE_NAME)]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
-
-
-def remove_incomplete_checkpoints(directory: Path) -> None:
-    """Remove what a kill left half written or half removed, which would count as a checkpoint when old ones are."""
-    for path in directory.glob("checkpoint-*"):
-        if not _is_json(path / TRAINER_STATE_NAME):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, of whatever device, says that memory does not suffice."""
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(part in str(error) for part in words)
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def memory_in_use(device: torch.device) -> int:
