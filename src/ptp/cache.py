@@ -154,13 +154,14 @@ class SlotCache(Cache):
 class PassCache(Cache):
     """Keys and values of a training pass, which it sees behind those of the pass before it.
 
-    A pass may be made again, in whole or in part, and finds what it found: a `DynamicCache` would append to what the
-    first one left. Nothing is kept a second time, so that gradient checkpointing frees what it computes again.
+    parts: rows of this pass for each row of the one before. A pass may be made again, in whole or in part, and finds
+    what it found: a `DynamicCache` would append to what the first one left. Nothing is kept a second time, so that
+    gradient checkpointing frees what it computes again.
     """
 
-    def __init__(self, context: PassCache | None = None) -> None:
+    def __init__(self, context: PassCache | None = None, parts: int = 1) -> None:
         super().__init__(layers=[])
-        self.context = context
+        self.context, self.parts = context, parts
         self.states: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(
@@ -170,6 +171,8 @@ class PassCache(Cache):
             self.states.setdefault(layer_idx, (key_states, value_states))
             return key_states, value_states
         keys, values = self.context.states[layer_idx]
+        if self.parts > 1:
+            keys, values = keys.repeat_interleave(self.parts, dim=0), values.repeat_interleave(self.parts, dim=0)
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
     def growing(self) -> DynamicCache:

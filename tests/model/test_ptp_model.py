@@ -1,11 +1,13 @@
 from collections.abc import Callable
 from contextlib import suppress
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from trainings import RULE, loss_and_gradients, random_batch
 from transformers import DynamicCache, PreTrainedModel
 
 from ptp.config import PTPConfig
@@ -14,7 +16,7 @@ from ptp.data.packing import WindowStream, collate
 from ptp.data.teacher import Prompt, sample_completions
 from ptp.errors import PTPError
 from ptp.model.auxiliary import EMBEDDINGS
-from ptp.model.ptp_model import PTPModel
+from ptp.model.ptp_model import PTPModel, dividing
 from ptp.sampling import SamplingRule, interval, token_intervals, warp
 
 WINDOW = 4
@@ -373,3 +375,33 @@ def test_a_frozen_base_model_has_no_dropout_while_the_adapter_learns(make_model:
     assert model.training
     assert torch.equal(after.context, before.context)
     assert torch.equal(after.windows, before.windows)
+
+
+@pytest.mark.parametrize(
+    ("number", "most", "divisor"), [(24, 5, 4), (24, 24, 24), (24, 1, 1), (23, 22, 1), (6, 100, 6)]
+)
+def test_windows_are_shared_out_evenly(number: int, most: int, divisor: int) -> None:
+    assert dividing(number, most) == divisor
+
+
+def test_windows_learn_the_same_read_in_several_rows_or_in_one(
+    tiny_llama: Callable, random_adapter: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_adapter(PTPModel(tiny_llama(), PTPConfig(window=4, lora_rank=4)), std=0.1).train()
+    model.rule = RULE
+    batch = random_batch(num_windows=24)
+    found, rows = [], []
+    read = PTPModel.read
+
+    def counted(self: PTPModel, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows.append(len(inputs))
+        return read(self, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(PTPModel, "read", counted)
+    for most in (3, 1):
+        monkeypatch.setattr("ptp.model.ptp_model.dividing", lambda number, _, most=most: dividing(number, most))
+        found.append(loss_and_gradients(model, batch))
+    num_rows = len(batch["ids"])
+    assert rows == [num_rows, 3 * num_rows, num_rows, num_rows]
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from ptp.attention import Mask, context_length, native_mask
+from ptp.attention import FLEX, Mask, context_length, native_mask
 from ptp.cache import PassCache
 from ptp.config import PTPConfig
 from ptp.errors import AdapterError, ConfigError
@@ -254,8 +254,7 @@ class PTPModel(nn.Module):
                     lower, upper = token_intervals(context, self.logits, ids, (span >= 0) & (positions > 0), self.rule)
             place, own = self._places(span, starts, z.shape[-1])
             u, mass = inside(_at(lower, place) * own, _at(upper, place) * own, z), upper > lower
-        mask = window_mask(document, starts, self.ptp_config.window)
-        windows = self._read_windows(u[..., : self.ptp_config.window], ids, positions, starts, mask, PassCache(cache))
+        windows = self._read_in_parts(u[..., : self.ptp_config.window], ids, document, positions, starts, cache)
         output = TrainingPass(windows, context, u, mass)
         return output if then is None else then(output)
 
@@ -302,6 +301,25 @@ class PTPModel(nn.Module):
         place = index.clamp(max=span.shape[1] - 1)
         return place, (_at(span, place) == span.gather(1, starts).unsqueeze(-1)) & (index < span.shape[1])
 
+    def _read_in_parts(
+        self, u: Tensor, ids: Tensor, document: Tensor, positions: Tensor, starts: Tensor, cache: PassCache
+    ) -> Tensor:
+        """The gated pass over windows of u (B, N, L), on top of the context's cache. Returns (B, N·L, H).
+
+        A dense mask makes each window attend to all others, though it sees none of them. Each row's windows are
+        therefore read in several rows, each of about half as many positions as the context has, so that the work grows
+        with their number and not with its square. Flex attention leaves out by itself what a mask does.
+        """
+        num_rows, num_windows, window = u.shape
+        parts = 1
+        if self.base_model.config._attn_implementation != FLEX:
+            parts = dividing(num_windows, -(-2 * num_windows * window // ids.shape[1]))
+        ids, document, positions = (tensor.repeat_interleave(parts, dim=0) for tensor in (ids, document, positions))
+        starts, u = starts.view(parts * num_rows, -1), u.reshape(parts * num_rows, -1, window)
+        mask = window_mask(document, starts, window)
+        windows = self._read_windows(u, ids, positions, starts, mask, PassCache(cache, parts))
+        return windows.view(num_rows, num_windows * window, -1)
+
     def _read_windows(
         self,
         u: Tensor,
@@ -325,6 +343,11 @@ class PTPModel(nn.Module):
             # A window may run past the end of a document as long as the context; nothing there is trained.
             window_positions = window_positions.clamp(max=longest - 1)
         return self.read(inputs, window_positions, mask, cache, gate_start=0)
+
+
+def dividing(number: int, most: int) -> int:
+    """The largest divisor of a number that is at most `most`."""
+    return next(divisor for divisor in range(min(number, most), 0, -1) if number % divisor == 0)
 
 
 def states_before(starts: Tensor, context: Tensor) -> Tensor:
