@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from trainings import RULE, loss_and_gradients, random_batch
+from trainings import loss_and_gradients, random_batch
 from transformers import DynamicCache, PreTrainedModel
 
 from ptp.config import PTPConfig
