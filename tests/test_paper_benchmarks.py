@@ -52,12 +52,13 @@ def experiment(tiny_experiment: Callable, tmp_path_factory: pytest.TempPathFacto
 def test_a_script_ends_in_a_table_and_one_line_of_json(
     name: str, arguments: list[str], rows: int, experiment: Experiment, script: Callable, capsys: pytest.CaptureFixture
 ) -> None:
-    script(name).main([str(experiment.directory), "train.max_steps=2", "--seeds", "1", *arguments])
+    script(name).main([str(experiment.directory), "model.lora_rank=1", "--steps", "2", "--seeds", "1", *arguments])
     lines = capsys.readouterr().out.splitlines()
     table = [line.strip("| ").split(" | ") for line in lines if line.startswith("|")]
     assert len(table) == 2 + rows
     assert len({len(row) for row in table}) == 1
     assert json.loads(lines[-1])["config"]["train"]["max_steps"] == 2
+    assert json.loads(lines[-1])["config"]["model"]["lora_rank"] == 1
     assert not experiment.checkpoints.exists()
 
 

@@ -1,7 +1,7 @@
 """Which auxiliary embedding tells a window most about u?
 
     python benchmarks/paper/embeddings.py experiments/demo
-    python benchmarks/paper/embeddings.py DIR train.max_steps=20000 --seeds 3
+    python benchmarks/paper/embeddings.py DIR --steps 20000 --seeds 3
 
 Every embedding of `ptp.model.auxiliary.EMBEDDINGS` is trained on the experiment's completions with the same steps,
 seeds and data; "none" withholds u. `correct` is the mean number of drafts of a held-out window that are right before

@@ -1,7 +1,7 @@
 """What is lost if a window predicts its tokens independently, without u of those before?
 
     python benchmarks/paper/independent.py experiments/demo
-    python benchmarks/paper/independent.py DIR train.max_steps=20000 --seeds 3
+    python benchmarks/paper/independent.py DIR --steps 20000 --seeds 3
 
 Each variant is trained on the experiment's completions with u and without ("none" in place of the auxiliary embedding),
 same steps, seeds and data. Without u, a one-hot window proposes the likeliest token of each place; a categorical one

@@ -1,7 +1,7 @@
 """What does it cost to draw the u's of training in other intervals than those the data was sampled from?
 
     python benchmarks/paper/mismatched.py experiments/demo
-    python benchmarks/paper/mismatched.py DIR train.max_steps=20000 --seeds 3
+    python benchmarks/paper/mismatched.py DIR --steps 20000 --seeds 3
 
 The same completions are trained on with four sets of intervals: those stored, of the rule that sampled them
 ("matched"); those that the same teacher gives the same tokens under another rule, as if the sampling settings had been

@@ -42,13 +42,15 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="experiment directory, with completions")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings, as ptp_train takes them")
+    parser.add_argument("--steps", type=int, default=200, help="of each training (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each arm (default: %(default)s)")
     return parser
 
 
 def open_arm(options: argparse.Namespace, *overrides: str, seed: int = 0) -> Experiment:
     """The experiment with an arm's settings on top of the ones given for all."""
-    return Experiment.load(options.directory, [*options.overrides, *overrides, f"train.seed={seed}"])
+    length = (f"train.max_steps={options.steps}", "train.num_epochs=null")
+    return Experiment.load(options.directory, [*length, *options.overrides, *overrides, f"train.seed={seed}"])
 
 
 def train(experiment: Experiment, documents: Documents) -> PTPModel:
@@ -99,10 +101,10 @@ def print_results(options: argparse.Namespace, table: Sequence[Sequence[str]], r
     experiment = open_arm(options)
     train = experiment.config.train
     print(
-        f"{hardware()}; {experiment.config.sampling}; windows of {experiment.config.model.window}, steps: "
-        f"{train.max_steps or f'{train.num_epochs} epochs'} of {train.batch_size} sequences of "
-        f"{train.sequence_length} tokens, {train.windows_per_sequence} windows each, {train.optimizer} "
-        f"{train.learning_rate:g}; seeds: {options.seeds}, in brackets the lowest and the highest\n"
+        f"{hardware()}; {experiment.config.sampling}; windows of {experiment.config.model.window}, "
+        f"{train.max_steps} steps of {train.batch_size} sequences of {train.sequence_length} tokens with "
+        f"{train.windows_per_sequence} windows, {train.optimizer} {train.learning_rate:g}; seeds: {options.seeds}, in "
+        "brackets the lowest and the highest\n"
     )
     header, *rows = table
     for row in (header, ["---"] * len(header), *rows):

@@ -1,7 +1,7 @@
 """How does the number of correct tokens grow with the size of a student trained from scratch?
 
-    python benchmarks/paper/sizes.py experiments/demo train.max_steps=300
-    python benchmarks/paper/sizes.py DIR train.max_steps=100000 --sizes 525k 4.2M 34M 268M
+    python benchmarks/paper/sizes.py experiments/demo
+    python benchmarks/paper/sizes.py DIR --steps 100000 --sizes 525k 4.2M 34M 268M
 
 Students of `ptp.scaling.LADDER` learn the completions of one teacher, the experiment's base model, from the intervals
 stored with them, with the same steps, seeds and data. `correct` is the mean number of drafts of a held-out window that
