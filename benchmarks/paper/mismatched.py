@@ -21,8 +21,9 @@ of "mismatched" here are those an implementation was seen to make by mistake.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -34,8 +35,6 @@ from ptp.model.head import project
 from ptp.model.loading import load_base_model
 from ptp.sampling import SamplingRule, token_intervals
 from ptp.stages.train import TrainingData, training_data
-
-MATCHED, NO_INFORMATION = "matched", "u says nothing"
 
 
 def other_rules(rule: SamplingRule) -> dict[str, SamplingRule]:
@@ -66,13 +65,7 @@ def under_rule(documents: Documents, teacher: PreTrainedModel, rule: SamplingRul
 
 def uninformative(documents: Documents) -> Documents:
     """The same tokens, each with all of [0, 1) for its interval."""
-    sizes = [sum(last - first for first, last in document.spans) for document in documents]
-    return Documents.of(
-        [
-            replace(document, lower=np.zeros(size, np.float32), upper=np.ones(size, np.float32))
-            for document, size in zip(documents, sizes, strict=True)
-        ]
-    )
+    return Documents.of([replace(d, lower=np.zeros_like(d.lower), upper=np.ones_like(d.upper)) for d in documents])
 
 
 def agreement(used: Documents, true: Documents) -> float:
@@ -91,16 +84,21 @@ def agreement(used: Documents, true: Documents) -> float:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = make_parser(__doc__).parse_args(arguments)
+    parser = make_parser(__doc__)
+    options = parser.parse_args(arguments)
     experiment = open_arm(options)
     data = training_data(experiment)
+    if not data.training.has_intervals:
+        parser.error(f"{experiment.completions} holds no intervals; sample with the base model itself")
     teacher = load_base_model(experiment.base_model).eval()
-    datasets = {MATCHED: data}
+
+    def with_intervals(of: Callable[[Documents], Documents]) -> TrainingData:
+        return replace(data, training=of(data.training), validation=of(data.validation))
+
+    datasets = {"matched": data}
     for name, rule in other_rules(experiment.config.sampling).items():
-        halves = (under_rule(documents, teacher, rule) for documents in (data.training, data.validation))
-        datasets[name] = TrainingData(*halves, data.fingerprint)
-    halves = (uninformative(documents) for documents in (data.training, data.validation))
-    datasets[NO_INFORMATION] = TrainingData(*halves, data.fingerprint)
+        datasets[name] = with_intervals(partial(under_rule, teacher=teacher, rule=rule))
+    datasets["u says nothing"] = with_intervals(uninformative)
 
     agreements = {name: agreement(used.training, data.training) for name, used in datasets.items()}
     correct, own = defaultdict(list), defaultdict(list)
