@@ -4,20 +4,25 @@ import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 from trainings import CONFIG, RULE
 
 from ptp.config import PTPConfig
 from ptp.data.documents import Document, Documents
 from ptp.data.packing import collate
+from ptp.decoding.decoder import Decoder
+from ptp.decoding.requests import make_request
 from ptp.experiment import Experiment
 from ptp.model.ptp_model import PTPModel
-from ptp.sampling import SamplingRule, interval, pick, warp
+from ptp.sampling import SamplingRule, pick, warp
 from ptp.stages.distill import distill
 from ptp.stages.pregenerate import pregenerate
 from ptp.training.objective import make_stream
@@ -95,23 +100,34 @@ def test_the_base_model_s_own_text_has_no_impossible_pair(script: Callable, tiny
     assert judged[0][0].tolist() == [True] * 4 + [False]
 
 
+class Recorder(Decoder):
+    """Keeps the drafts of every call."""
+
+    def _draft(self, logits: Tensor, u: Tensor) -> tuple[list[int], list[float]]:
+        drafts, confidences = super()._draft(logits, u)
+        self.drafts = [*getattr(self, "drafts", []), drafts]
+        return drafts, confidences
+
+
 @pytest.mark.parametrize("variant", ["one_hot", "categorical"])
-def test_proposals_begin_with_what_the_base_model_says_to_their_u(
+def test_windows_are_proposed_as_the_decoder_proposes_them(
     variant: str, script: Callable, tiny_llama: Callable, random_adapter: Callable
 ) -> None:
-    base, plain = tiny_llama(), tiny_llama()
-    model = random_adapter(PTPModel(base, PTPConfig(variant=variant, window=4, lora_rank=2))).eval()
-    rng = np.random.default_rng(0)
-    documents = [Document(rng.integers(40, size=20).astype(np.int32), ((5, 20),), number=n) for n in range(3)]
-    batch = collate([make_stream(Documents.of(documents), CONFIG.model_copy(update={"beta": 1.0}), 4)[0]])
+    config = PTPConfig(variant=variant, window=4, lora_rank=2)
+    model = random_adapter(PTPModel(tiny_llama(), config)).eval()
     model.rule = RULE
-    proposed = script("independent").propose(model, batch, RULE)[0]
-    assert proposed.shape == (CONFIG.windows_per_sequence, 1 + model.ptp_config.num_drafts)
-    for start, z, tokens in zip(batch["starts"][0].tolist(), batch["z"][0], proposed, strict=True):
-        begin = start - int(batch["positions"][0, start])
-        logits = plain(batch["ids"][:, begin:start]).logits[0, -1]
-        lower, upper = interval(warp(logits, RULE), tokens[0])
-        assert lower <= z[0] < upper
+    rng = np.random.default_rng(0)
+    documents = [Document(rng.integers(3, 40, size=20).astype(np.int32), ((5, 20),), number=n) for n in range(3)]
+    batch = collate([make_stream(Documents.of(documents), CONFIG.model_copy(update={"beta": 1.0}), 4)[0]])
+    for start, u, proposed in zip(
+        batch["starts"][0].tolist(), batch["z"][0], script("independent").propose(model, batch, RULE)[0], strict=True
+    ):
+        context = batch["ids"][0, start - int(batch["positions"][0, start]) : start]
+        decoder = Recorder(model, RULE, budget=config.window)
+        # One number more: a decoder does not draft the last token of a text.
+        request = replace(make_request(model.base_model, context, 6, seed=0, end_token_ids=[]), u=F.pad(u, (0, 1)))
+        first, _ = islice(decoder.steps(request), 2)
+        assert [*first.token_ids, *decoder.drafts[0]] == proposed.tolist()
 
 
 def test_stored_intervals_are_those_of_their_rule_and_agree_with_no_other(
