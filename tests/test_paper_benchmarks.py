@@ -146,6 +146,8 @@ def test_stored_intervals_are_those_of_their_rule_and_agree_with_no_other(
 
 
 def test_agreement_is_the_share_of_an_interval_that_lies_in_the_true_one(script: Callable) -> None:
-    true = Document(np.zeros(4, np.int32), ((1, 4),), np.float32([0, 0.5, 0]), np.float32([0.5, 1, 0.5]))
-    used = replace(true, lower=np.float32([0.25, 0, 0.75]), upper=np.float32([0.75, 0, 1]))
-    assert script("mismatched").agreement(Documents.of([used]), Documents.of([true])) == pytest.approx(0.25)
+    true = Document(np.zeros(5, np.int32), ((1, 5),), np.float32([0.25, 0.5, 0, 0]), np.float32([0.75, 1, 0.5, 0.5]))
+    # Twice as wide as the true one; empty, which does not count; half in it; inside it.
+    used = replace(true, lower=np.float32([0, 0.3, 0.25, 0.1]), upper=np.float32([1, 0.3, 0.75, 0.2]))
+    found = script("mismatched").agreement(Documents.of([used]), Documents.of([true]))
+    assert found == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
