@@ -7,9 +7,9 @@ Every embedding of `ptp.model.auxiliary.EMBEDDINGS` is trained on the experiment
 seeds and data; "none" withholds u. `correct` is the mean number of drafts of a held-out window that are right before
 its first error; accuracy is the share of right drafts at a place, whatever stood before it.
 
-The directory is one that `ptp_pregenerate` has filled: `make demo`'s takes about 25 minutes on a thread of a CPU, the
-paper's are for a GPU. What differs from the paper: the demo's model and data are smaller by far, and training is a
-matter of minutes, in which an embedding that is learnt fast is ahead; `auxiliary_size` is the same number for all,
+The directory is one that `ptp_pregenerate` has filled: `make demo`'s takes about six minutes a seed on a thread of a
+CPU; the paper's are for a GPU. What differs from the paper: the demo's model and data are smaller by far, and training
+is a matter of minutes, in which an embedding that is learnt fast is ahead; `auxiliary_size` is the same number for all,
 though it counts points, octaves or bins.
 """
 

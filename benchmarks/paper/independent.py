@@ -16,9 +16,9 @@ document, the bonus token and x_1 … x_k, gives x_k+1 no mass under the samplin
 impossible before, x_1 included, for in a text that is broken already anything is possible. A single draft can thus be
 wrong, as it mostly is, without being impossible.
 
-The directory is one that `ptp_pregenerate` has filled: `make demo`'s takes about 15 minutes on a thread of a CPU, the
-paper's for a GPU. What differs from the paper: it counts impossible pairs in programs by its own measure, which is not
-published as code; model, data and training are smaller by far.
+The directory is one that `ptp_pregenerate` has filled: `make demo`'s takes about eight minutes on a thread of a CPU;
+the paper's are for a GPU. What differs from the paper: it counts impossible pairs in programs by a measure of its own;
+model, data and training are smaller by far.
 """
 
 from __future__ import annotations
