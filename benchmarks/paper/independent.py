@@ -17,7 +17,7 @@ impossible before, x_1 included, for in a text that is broken already anything i
 wrong, as it mostly is, without being impossible.
 
 The directory is one that `ptp_pregenerate` has filled: `make demo`'s takes about eight minutes on a thread of a CPU;
-the paper's are for a GPU. What differs from the paper: it counts impossible pairs in programs by a measure of its own;
+the paper's are for a GPU. What differs from the paper: the measure of impossible pairs, for which it has its own;
 model, data and training are smaller by far.
 """
 
@@ -161,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=2000, help="proposed for pairs (default: %(default)s)")
     options = parser.parse_args(arguments)
     experiment = open_arm(options)
+    if experiment.config.model.trains_all:
+        parser.error("windows of a model all of whose weights train have no base model to say the bonus token")
     data, rule = training_data(experiment), experiment.config.sampling
     teacher = load_base_model(experiment.base_model).eval()
 
