@@ -16,9 +16,9 @@ document, the bonus token and x_1 … x_k, gives x_k+1 no mass under the samplin
 impossible before, x_1 included, for in a text that is broken already anything is possible. A single draft can thus be
 wrong, as it mostly is, without being impossible.
 
-The directory is one that `ptp_pregenerate` has filled: `make demo`'s takes about eight minutes on a thread of a CPU;
-the paper's are for a GPU. What differs from the paper: the measure of impossible pairs, for which it has its own;
-model, data and training are smaller by far.
+The directory is one that `ptp_pregenerate` has filled: `make demo`'s takes about eight minutes on a thread of a CPU,
+but u pays only later (`--steps 600 --seeds 1` takes half as long again); the paper's are for a GPU. What differs from the
+paper: the measure of impossible pairs, for which it has its own; model, data and training are smaller by far.
 """
 
 from __future__ import annotations
