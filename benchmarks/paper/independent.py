@@ -17,7 +17,7 @@ impossible before, x_1 included, for in a text that is broken already anything i
 wrong, as it mostly is, without being impossible.
 
 The directory is one that `ptp_pregenerate` has filled: `make demo`'s takes about eight minutes on a thread of a CPU,
-but u pays only later (`--steps 600 --seeds 1` takes half as long again); the paper's are for a GPU. What differs from the
+but u pays only later (`--steps 600 --seeds 1`, twelve minutes); the paper's are for a GPU. What differs from the
 paper: the measure of impossible pairs, for which it has its own; model, data and training are smaller by far.
 """
 

@@ -14,7 +14,7 @@ first error, with u of the true intervals, as in decoding; "own intervals" is th
 training, which is what a validation sees that shares the mistake.
 
 The directory is one that `ptp_pregenerate` has filled: `make demo`'s takes about eight minutes on a thread of a CPU,
-but u pays only later (`--steps 600 --seeds 1` takes half as long again); the paper's are for a GPU. What differs from the
+but u pays only later (`--steps 600 --seeds 1`, twelve minutes); the paper's are for a GPU. What differs from the
 paper: it distils data of a teacher in its own intervals only. The readings of "mismatched" here are those an
 implementation was seen to make by mistake.
 """
