@@ -136,9 +136,10 @@ def train(
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(experiment.checkpoints))
     metrics = trainer.measure()
     model.survival = metrics.survival
-    # Of the adapter before; without its settings, one whose writing is cut short does not look whole.
-    for name in (TRAINING_RESULT, MEASUREMENT, ADAPTER_SETTINGS):
-        (experiment.adapter / name).unlink(missing_ok=True)
+    if trainer.args.should_save:
+        # Of the adapter before; without its settings, one whose writing is cut short does not look whole.
+        for name in (TRAINING_RESULT, MEASUREMENT, ADAPTER_SETTINGS):
+            (experiment.adapter / name).unlink(missing_ok=True)
     trainer.save_model(str(experiment.adapter))
     result = TrainingResult(
         accuracy=metrics.accuracy,
