@@ -27,12 +27,12 @@ from ptp.processes import local_rank
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_base_model(name: str, dtype: str | torch.dtype = "auto") -> PreTrainedModel:
-    """Any causal LM by hub id or local path, on the GPU if there is one. dtype: see `to_dtype`."""
+def load_base_model(name: str, dtype: str | torch.dtype = "auto", on_gpu: bool = True) -> PreTrainedModel:
+    """Any causal LM by hub id or local path, on the GPU if there is one and `on_gpu`. dtype: see `to_dtype`."""
     with _loading("base model", name):
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     # Of several processes on a machine, each has its own GPU.
-    device = f"cuda:{local_rank()}" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{local_rank()}" if on_gpu and torch.cuda.is_available() else "cpu"
     return to_dtype(model, dtype).to(device)  # type: ignore[arg-type] # transformers' wrapped `to` loses its self
 
 

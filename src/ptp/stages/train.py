@@ -195,7 +195,9 @@ def keep_settings(experiment: Experiment, data: TrainingData, base_fingerprint: 
 def new_model(experiment: Experiment) -> PTPModel:
     """The base model with an adapter that has learnt nothing yet, or a student of it that has not, or all to train."""
     config = experiment.config
-    base_model = load_base_model(experiment.base_model)
+    # One that is to be shared out may be too large for a single GPU.
+    shared_out = config.train.fsdp and world_size() > 1
+    base_model = load_base_model(experiment.base_model, on_gpu=not shared_out)
     # That of the checkpoint's own dtype: rounded to float16, it would be another model's.
     found = fingerprint(base_model)
     if config.data.distils:

@@ -62,8 +62,6 @@ class PTPTrainer(Trainer):
         self.config, self.rule = config, rule
         self.validation, self.tokens_per_call = validation, tokens_per_call
         model.gradient_checkpointing = config.gradient_checkpointing
-        if model.device.type == "cuda":
-            use_flex_attention(model.base_model)
         window = model.ptp_config.window
         stream = make_stream(documents, config, window)
         num_processes = world_size()
@@ -76,7 +74,6 @@ class PTPTrainer(Trainer):
                 config,
                 num_steps,
                 output_dir,
-                model.device,
                 bf16=model.ptp_config.trains_all and config.dtype == "bfloat16",
                 evaluates=validation is not None,
                 layers=list(model.base_model._no_split_modules or ()),
@@ -86,12 +83,14 @@ class PTPTrainer(Trainer):
             data_collator=collate,
             callbacks=list(callbacks),
         )
+        if self.args.device.type == "cuda":
+            use_flex_attention(model.base_model)
         if self.is_fsdp_enabled != (config.fsdp and num_processes > 1):
             raise ConfigError(
                 f"train.fsdp is {str(config.fsdp).lower()}, but accelerate "
                 f"{'has been configured to' if self.is_fsdp_enabled else 'does not'} share out weights between these "
-                f"processes, on {model.device.type}; set train.fsdp accordingly (it needs GPUs), and leave FSDP out of "
-                "accelerate's own configuration"
+                f"processes, on {self.args.device.type}; set train.fsdp accordingly (it needs GPUs), and leave FSDP out "
+                "of accelerate's own configuration"
             )
         # The live table and the log are the callbacks' business, not standard output's.
         self.remove_callback(PrinterCallback)
@@ -323,7 +322,6 @@ def _arguments(
     config: TrainConfig,
     num_steps: int,
     output_dir: Path,
-    device: torch.device,
     bf16: bool,
     evaluates: bool,
     layers: list[str],
@@ -340,7 +338,7 @@ def _arguments(
         max_grad_norm=1.0,
         bf16=bf16,
         # Else processes on CPUs would not find each other.
-        use_cpu=device.type == "cpu",
+        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         save_strategy="steps",
         save_steps=config.save_every,
         save_total_limit=2,
