@@ -89,8 +89,8 @@ class PTPTrainer(Trainer):
             raise ConfigError(
                 f"train.fsdp is {str(config.fsdp).lower()}, but accelerate "
                 f"{'has been configured to' if self.is_fsdp_enabled else 'does not'} share out weights between these "
-                f"processes, on {self.args.device.type}; set train.fsdp accordingly (it needs GPUs), and leave FSDP out "
-                "of accelerate's own configuration"
+                f"processes, on {self.args.device.type}; set train.fsdp accordingly (it needs GPUs), and leave FSDP "
+                "out of accelerate's own configuration"
             )
         # The live table and the log are the callbacks' business, not standard output's.
         self.remove_callback(PrinterCallback)
