@@ -124,7 +124,8 @@ def test_the_stages_keep_data_off_standard_error_and_progress_off_standard_outpu
     for command in (pregenerate.main, train.main):
         result = typed(command, experiment, *(["train.max_steps=3"] if command is train.main else []))
         assert (result.code, result.out) == (0, "")
-    assert "adapter in" in result.err
+    assert "goes on from step 3\n" in result.err
+    assert "adapter of step" in result.err
     assert (experiment / "adapter" / "training.json").is_file()
 
 
@@ -412,7 +413,7 @@ def test_of_several_processes_the_first_measures(damaged: Path, monkeypatch: pyt
     monkeypatch.setattr(train, "rank", lambda: 1)
     result = typed(train.main, damaged, "train.max_steps=3")
     assert (result.code, result.out) == (0, "")
-    assert "adapter in" not in result.err
+    assert "adapter of step" not in result.err
 
 
 def test_a_student_is_not_decoded_with_and_that_is_said(damaged: Path) -> None:

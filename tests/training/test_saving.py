@@ -212,20 +212,35 @@ def test_of_a_checkpoint_whose_writing_was_cut_short_nothing_is_left_in_the_way(
         ("on_evaluate", 11, 11),
     ],
 )
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_it_saves_the_step_it_is_at_and_goes_on_from_there(
-    new_trainer: Callable[..., PTPTrainer], whole: PTPTrainer, event: str, step: int, saved: int
+    new_trainer: Callable[..., PTPTrainer], whole: PTPTrainer, event: str, step: int, saved: int, number: int
 ) -> None:
     def tell() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        # Who presses for it does no harm.
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
+        if number == signal.SIGTERM:
+            # Who presses for it does no harm.
+            os.kill(os.getpid(), number)
 
     trainer = new_trainer(callbacks=[At(event, step, tell)])
-    with pytest.raises(Terminated) as caught:
+    with pytest.raises(Terminated if number == signal.SIGTERM else KeyboardInterrupt) as caught:
         run(trainer)
-    assert caught.value.code == 143
+    assert number == signal.SIGINT or caught.value.code == 143
     assert trainer.state.global_step == saved
     assert max(checkpoints(trainer)) == saved
+    check_same(run(new_trainer()), whole)
+
+
+def test_a_second_ctrl_c_does_not_wait(new_trainer: Callable[..., PTPTrainer], whole: PTPTrainer) -> None:
+    def press_twice() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = new_trainer(callbacks=[At("on_step_begin", 6, press_twice)])
+    with pytest.raises(KeyboardInterrupt):
+        run(trainer)
+    assert max(checkpoints(trainer)) < 6
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     check_same(run(new_trainer()), whole)
 
 

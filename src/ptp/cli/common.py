@@ -108,12 +108,12 @@ class Bars(RichProgress):
         speed = f"{self.num_tokens / (time.monotonic() - self.begun):,.0f} tokens/s" if self.num_tokens else ""
         self.update(self.bars[what], completed=done, total=total, speed=speed)
         if time.monotonic() - self.noted > SECONDS_PER_LINE:
-            self._note(f"{self.prefix}{what} {done:,}/{total:,} {speed}".rstrip())
+            self.say(f"{self.prefix}{what} {done:,}/{total:,} {speed}".rstrip())
 
     def show(self, table: RenderableType, line: str) -> None:
         """Put a table below the bars, in place of the one before; or note the line."""
         self.table = table
-        self._note(f"{self.prefix}{line}")
+        self.say(f"{self.prefix}{line}")
 
     def start(self) -> None:
         standard_error = sys.stderr
@@ -130,7 +130,8 @@ class Bars(RichProgress):
         if self.table is not None:
             yield self.table
 
-    def _note(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Note a line where no bars are drawn."""
         if self.is_first and not console.is_terminal:
             self.noted = time.monotonic()
             note(line)

@@ -14,6 +14,9 @@ from ptp.processes import rank
 if TYPE_CHECKING:
     from ptp.experiment import Experiment
 
+HARDLY_ANY = 0.05
+"""Drafts right before the first error, below which training has learnt nothing that decoding could use."""
+
 
 def command(
     directory: Annotated[Path, typer.Argument(help="Experiment directory.")],
@@ -37,8 +40,10 @@ def command(
         note(f"trained on {result.num_trained:,} of {result.num_tokens:,} tokens")
         note(
             f"held-out windows: {sum(result.survival):.2f} drafts right before the first error; "
-            f"{'model' if trains_all else 'adapter'} in {experiment.adapter}"
+            f"{'model' if trains_all else 'adapter'} of step {result.step} in {experiment.adapter}"
         )
+        if sum(result.survival) < HARDLY_ANY:
+            note("hardly any draft is right, so it saves no calls: train longer, or anew with another learning rate")
         if trains_all:
             note("tokens per call not measured: nothing decodes with a model whose weights all learnt yet")
             return

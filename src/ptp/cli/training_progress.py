@@ -52,6 +52,8 @@ class TrainingProgress(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         self.bars(self.what, state.global_step, state.max_steps)
+        if state.global_step:
+            self.bars.say(f"goes on from step {state.global_step}")
         for logged in state.log_history:
             self._take(logged)
         if self.rows:

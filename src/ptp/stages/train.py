@@ -58,12 +58,14 @@ TEXT_PROMPT_TOKENS = 64
 class TrainingResult:
     """What training measured on held-out windows.
 
-    accuracy: right predictions by window index. survival: the acceptance profile. validation_loss: mean over targets.
-    num_masked: targets the sampling rule gives no mass. num_tokens, num_trained: tokens of the training documents, and
-    those of them in spans. curves: (step, value) by their names in the Trainer's log. config: all settings of the run,
-    overrides included, as `ExperimentConfig` has them.
+    step: the step whose model this is, the best of those measured. accuracy: right predictions by window index.
+    survival: the acceptance profile. validation_loss: mean over targets. num_masked: targets the sampling rule gives no
+    mass. num_tokens, num_trained: tokens of the training documents, and those of them in spans. curves: (step, value)
+    by their names in the Trainer's log. config: all settings of the run, overrides included, as `ExperimentConfig` has
+    them.
     """
 
+    step: int
     accuracy: list[float]
     survival: list[float]
     validation_loss: float
@@ -142,6 +144,7 @@ def train(
             (experiment.adapter / name).unlink(missing_ok=True)
     trainer.save_model(str(experiment.adapter))
     result = TrainingResult(
+        step=trainer.state.best_global_step or trainer.state.global_step,
         accuracy=metrics.accuracy,
         survival=list(metrics.survival),
         validation_loss=metrics.mean_loss,

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from accelerate import PartialState
@@ -24,30 +24,35 @@ def summed(values: Tensor) -> Tensor:
 
 
 class SaveWhenAsked(TrainerCallback):
-    """Saves after a step when `minutes` have passed since the last checkpoint, or SIGTERM has come, which then ends it.
+    """Saves after a step when `minutes` have passed since the last checkpoint, or when told to end, and then ends.
 
-    What one of several processes has noticed, all heed at the same step.
+    SIGTERM and Ctrl-C tell it; a second Ctrl-C does not wait. What one of several processes has noticed, all heed at
+    the same step.
     """
 
     def __init__(self, minutes: float | None) -> None:
         self.minutes = minutes
-        self.told_to_end = self.ends = False
+        self.told_by: int | None = None
+        self.ends = False
         self.saved_at = time.monotonic()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """SIGTERM is noted inside this block, in the main thread; it ends the process outside."""
+        """Signals are noted inside this block, in the main thread; they end the process outside."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._on_signal)
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
-    def _on_signal(self, *_: object) -> None:
-        self.told_to_end = True
+    def _on_signal(self, number: int, _: object) -> None:
+        if number == self.told_by == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.told_by = number
 
     def on_train_begin(self, *_: object, **__: Any) -> None:
         self.saved_at = time.monotonic()
@@ -56,19 +61,24 @@ class SaveWhenAsked(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
         due = self.minutes is not None and time.monotonic() - self.saved_at > 60 * self.minutes
-        self.ends, due = _of_any(args.device, self.told_to_end, due)
+        self.ends, due = _of_any(args.device, self.told_by is not None, due)
         control.should_save |= self.ends or due
         return control
 
     def on_save(self, *_: object, **__: Any) -> None:
         self.saved_at = time.monotonic()
         if self.ends:
-            raise Terminated(128 + signal.SIGTERM)
+            self._end()
 
     def on_train_end(self, args: TrainingArguments, *_: object, **__: Any) -> None:
         # Told after the last step, when all is saved that there is to save.
-        if any(_of_any(args.device, self.told_to_end)):
-            raise Terminated(128 + signal.SIGTERM)
+        if any(_of_any(args.device, self.told_by is not None)):
+            self._end()
+
+    def _end(self) -> NoReturn:
+        if self.told_by == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Terminated(128 + signal.SIGTERM)
 
 
 def _of_any(device: torch.device, *flags: bool) -> list[bool]:

@@ -106,7 +106,7 @@ class PTPTrainer(Trainer):
         self.clock, self.paused = time.monotonic(), 0.0
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's. SIGTERM saves a checkpoint, then raises `Terminated`.
+        """As the Trainer's. SIGTERM and Ctrl-C save a checkpoint, then raise `Terminated` and `KeyboardInterrupt`.
 
         Raises `ConfigError` where memory does not suffice or the loss is no number, `DataError` where a checkpoint or a
         tracker's file cannot be written.
