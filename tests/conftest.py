@@ -164,6 +164,14 @@ def tiny_experiment(tiny_llama: Callable[..., LlamaForCausalLM]) -> Callable[[Pa
     return write
 
 
+@pytest.fixture(scope="module")
+def config(
+    tiny_experiment: Callable[..., ExperimentConfig], tmp_path_factory: pytest.TempPathFactory
+) -> ExperimentConfig:
+    """An experiment of seconds, its inputs written."""
+    return tiny_experiment(tmp_path_factory.mktemp("inputs"))
+
+
 @pytest.fixture(scope="session")
 def chat_experiment(tiny_llama: Callable[..., LlamaForCausalLM]) -> Callable[..., ExperimentConfig]:
     """Writes a chat model (model/), chats.jsonl and texts.jsonl; returns an experiment of seconds in the mode.

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
-from trainings import CONFIG, RULE, Kill
+from trainings import CONFIG, RULE, Kill, step_loss
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -36,6 +36,7 @@ from ptp.stages import train as stage
 from ptp.stages.pregenerate import import_completions, pregenerate
 from ptp.stages.train import read_training_result, train
 from ptp.training.checkpoints import last_complete_checkpoint
+from ptp.training.metrics import predictions
 from ptp.training.objective import evaluate_windows, make_stream
 from ptp.training.trainer import PTPTrainer
 
@@ -123,6 +124,22 @@ def test_a_student_learns_as_if_each_window_and_the_context_it_reads_were_one_se
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
         torch.testing.assert_close(gradients[0][name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_what_the_backward_pass_computes_again_is_not_counted_again(
+    new_student: Callable, documents: Documents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[int] = []
+
+    def counted(logits: Tensor, *given: Any) -> Tensor:
+        judged.append(len(logits))
+        return predictions(logits, *given)
+
+    monkeypatch.setattr("ptp.training.objective.predictions", counted)
+    model, batch = new_student(variant="categorical"), batch_of(documents)
+    step_loss(model, batch).backward()
+    assert len(judged) == 1
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
 def test_u_comes_from_stored_intervals_and_never_from_the_student_s_own_head(

@@ -57,11 +57,6 @@ each_mode = pytest.mark.parametrize("mode", MODES)
 
 
 @pytest.fixture(scope="module")
-def config(tiny_experiment: Callable, tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
-    return tiny_experiment(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
 def finished(config: ExperimentConfig, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     """An experiment whose stages have all run without a stop; not to be changed."""
     experiment = distill(tmp_path_factory.mktemp("finished") / "experiment", config)

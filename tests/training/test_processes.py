@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -45,11 +45,6 @@ def on_cpus_too(self, *args, fsdp_plugin=None, **kwargs):
 AcceleratorState.__init__ = on_cpus_too
 main()
 """
-
-
-@pytest.fixture(scope="module")
-def config(tiny_experiment: Callable, tmp_path_factory: pytest.TempPathFactory) -> ExperimentConfig:
-    return tiny_experiment(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")

@@ -137,9 +137,7 @@ def figures(curves: Mapping[str, Curve]) -> dict[str, dict[str, Curve]]:
     accuracies = {f"index {name.removeprefix(BY_INDEX)}": name for name in curves if name.startswith(BY_INDEX)}
     lines_of = FIGURES | {"Accuracy by window index": accuracies}
     return {
-        title: {
-            line: [(int(step), value) for step, value in curves[name]] for line, name in names.items() if name in curves
-        }
+        title: {line: curves[name] for line, name in names.items() if name in curves}
         for title, names in lines_of.items()
     }
 

@@ -85,29 +85,31 @@ def window_loss(
     loss over rows of hidden states, and `logits_of` makes logits of the context's, both a part at a time. Windows'
     logits are divided by `temperature`; the teacher's distribution is the rule's, in the row before a target.
     """
-    valid = targets.valid
-    tokens, share = targets.token_ids[valid], weights.expand(valid.shape)[valid]
-    sequence = torch.arange(len(valid), device=valid.device)[:, None, None].expand(valid.shape)[valid]
-    before = (targets.index - 1)[valid]
+    # Once: how many there are is known on the device alone, and each look waits for it.
+    valid = sequence, _, index = torch.nonzero(targets.valid, as_tuple=True)
+    tokens, share, before = targets.token_ids[valid], weights[index], targets.index[valid] - 1
     proposed, entropies = torch.zeros_like(tokens), torch.zeros_like(share)
 
     def loss(logits: Tensor, part: slice) -> Tensor:
         scores = logits.float()
         if temperature != 1.0:  # the largest tensors there are: each pass over them counts
             scores = scores / temperature
-        losses = F.cross_entropy(scores, tokens[part], reduction="none")
-        entropies[part] = losses.detach()
-        if predict is not None:
-            with torch.no_grad():
-                proposed[part] = predict(logits, part)
+        entropy = F.cross_entropy(scores, tokens[part], reduction="none")
+        losses = entropy
         if distillation > 0:
             with torch.no_grad():
                 teacher = warp(logits_of(context[sequence[part], before[part]]), rule).dense(scores.shape[-1])
             losses = losses + distillation * divergence(scores, teacher)
-        return (losses * share[part]).sum()
+        total = (losses * share[part]).sum()
+        # Last, for a backward pass that makes the logits again stops where it has what it needs.
+        with torch.no_grad():
+            entropies[part] = entropy
+            if predict is not None:
+                proposed[part] = predict(logits, part)
+        return total
 
     total = summed(windows[valid], loss)
-    predicted = torch.zeros_like(targets.token_ids).masked_scatter(valid, proposed) if predict is not None else None
+    predicted = torch.zeros_like(targets.token_ids).index_put(valid, proposed) if predict is not None else None
     return WindowLoss(total, entropies.sum(), predicted)
 
 

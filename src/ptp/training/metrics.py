@@ -17,8 +17,9 @@ def predictions(logits: Tensor, target_u: Tensor, config: PTPConfig, rule: Sampl
     """The token each window position proposes, as in decoding. logits: (..., V); target_u: (...); returns (...)."""
     if config.variant == "one_hot":
         return logits.argmax(-1)
+    distribution = warp(logits, rule)
     # No u lies in an interval that is no number; that there are such, the loss will tell.
-    return pick(warp(logits.nan_to_num(), rule), target_u)
+    return pick(replace(distribution, upper=distribution.upper.nan_to_num(1.0)), target_u)
 
 
 @dataclass(frozen=True)

@@ -82,5 +82,7 @@ class SaveWhenAsked(TrainerCallback):
 
 
 def _of_any(device: torch.device, *flags: bool) -> list[bool]:
-    """Which of the flags are set in any process."""
+    """Which of the flags are set in any process; a single one does not wait for its device to say so."""
+    if PartialState().num_processes == 1:
+        return list(flags)
     return (summed(torch.tensor(flags, dtype=torch.float32, device=device)) > 0).tolist()

@@ -59,7 +59,7 @@ class PTPTrainer(Trainer):
         validation: Documents | None = None,
         tokens_per_call: Callable[[Sequence[float]], float] | None = None,
     ) -> None:
-        self.config, self.rule = config, rule
+        self.config = config
         self.validation, self.tokens_per_call = validation, tokens_per_call
         model.gradient_checkpointing = config.gradient_checkpointing
         window = model.ptp_config.window
@@ -160,7 +160,7 @@ class PTPTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was counted since the last row to rows of training."""
         if "learning_rate" in logs:
-            logs |= self._rates(self.running.mapped(self._summed))
+            logs |= self._rates(self._total(self.running))
             self.running = WindowMetrics.zeros(self.model.ptp_config)
         super().log(logs, start_time)
 
@@ -206,8 +206,8 @@ class PTPTrainer(Trainer):
         """What held-out windows say of the model as it is; all processes share the work and get the whole."""
         assert self.validation is not None, "there are no documents to validate with"
         number, processes = self.args.process_index, self.args.world_size
-        return evaluate_windows(self.model, self.validation, self.config, self.rule, number, processes).mapped(
-            self._summed
+        return self._total(
+            evaluate_windows(self.model, self.validation, self.config, self.objective.rule, number, processes)
         )
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -225,7 +225,7 @@ class PTPTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self._off_the_clock():
-            self.running = self.running.mapped(self._summed)
+            self.running = self._total(self.running)
             directory = self.output_dir / f"checkpoint-{self.state.global_step}"
             try:
                 with self._writing(directory):
@@ -288,6 +288,10 @@ class PTPTrainer(Trainer):
     def _summed(self, values: Tensor) -> Tensor:
         """The sum over processes."""
         return summed(values.to(self.args.device))
+
+    def _total(self, metrics: WindowMetrics) -> WindowMetrics:
+        """The sums over processes, on the CPU: their rates are many numbers, and the device is waited for once."""
+        return metrics.mapped(lambda sums: self._summed(sums).cpu())
 
     @contextmanager
     def _off_the_clock(self) -> Any:
