@@ -480,7 +480,6 @@ def test_prompts_of_which_none_is_short_enough_are_counted_in_one_line(damaged: 
 
 
 def test_an_endpoint_that_is_down_is_one_line(damaged: Path) -> None:
-    pytest.importorskip("openai", reason="the endpoint engine needs the openai package")
     shutil.rmtree(damaged / "completions")
     engine = "pregenerate.engine={url: http://127.0.0.1:9/v1, model: base, max_retries: 0}"
     result = typed(pregenerate.main, damaged, engine)

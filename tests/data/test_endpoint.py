@@ -19,8 +19,6 @@ from ptp.demo import make_tokenizer
 from ptp.errors import ConfigError, DataError
 from ptp.sampling import SamplingRule
 
-pytest.importorskip("openai", reason="the endpoint engine needs the openai package")
-
 ASSETS = Path(os.environ.get("PTP_ASSETS", Path(__file__).parents[3] / "shared" / "assets"))
 TOKENIZER = make_tokenizer(["def f(x):\n    return x + 1\n"], 300)
 END = 1

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptp.data.sources import Source, load_source
 from ptp.errors import ConfigError, DataError, PTPError
-
-datasets = pytest.importorskip("datasets")
 
 ASSETS = Path(os.environ.get("PTP_ASSETS", Path(__file__).parents[3] / "shared" / "assets"))
 

@@ -436,7 +436,6 @@ def test_modes_that_train_on_the_dataset_s_own_text_have_nothing_to_pregenerate(
 
 @pytest.fixture
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("openai", reason="the endpoint engine needs the openai package")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
