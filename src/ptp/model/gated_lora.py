@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,19 @@ class Gate:
             self.start = before
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A gated layer laid out for decoding, in the dtype of the base weight.
+
+    weight: (out + rank, in), the base's above lora_A. bias: (out + rank,), zero for lora_A. up: (rank, out), lora_B
+    transposed and scaled.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    up: Tensor
+
+
 class GatedLoRA(nn.Module):
     """A frozen linear layer plus scale · B·A on gated positions. Input (..., T, in), output (..., T, out)."""
 
@@ -44,45 +58,58 @@ class GatedLoRA(nn.Module):
         self.base = base
         self.gate = gate
         self.scale = alpha / rank
-        self.merged: Tensor | None = None
+        self.joined: Joined | None = None
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Keep base weight + scale · B·A as a copy for gated positions, (out, in) in the base's dtype.
+    def join(self) -> None:
+        """Lay lora_A below the base weight, so that a decoding call computes both in one product of all positions.
 
-        Takes the memory of the layer once more; faster where a call is bound by the number of its operations. Forgotten
-        by `unmerge`; weights changed after merging do not count.
+        The base weight itself moves into the joined matrix: no memory is taken but lora_A's. Weights that change
+        afterwards do not count until it is joined anew. A base that is no plain `nn.Linear` (transposed, quantised)
+        stays as it is, and its update is computed beside it.
         """
-        weight: Tensor = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
-        update = self.scale * (self.lora_B.float() @ self.lora_A.float())
-        self.merged = (weight.float() + update).to(weight.dtype)
-
-    def unmerge(self) -> None:
-        """Give the memory of the merged copy back."""
-        self.merged = None
+        if type(self.base) is not nn.Linear:
+            return
+        base, dtype = self.base, self.base.weight.dtype
+        weight = torch.cat([base.weight, self.lora_A.to(dtype)])
+        base.weight.data = weight[: base.out_features]
+        bias = None if base.bias is None else torch.cat([base.bias, base.bias.new_zeros(len(self.lora_A))])
+        up = (self.scale * self.lora_B).to(dtype).t().contiguous()
+        self.joined = Joined(weight, bias, up)
 
     def forward(self, x: Tensor) -> Tensor:
         start = self.gate.start
         if start is None:
             return self.base(x)
-        if start > 0 and self.merged is not None:
-            window = nn.functional.linear(x[..., start:, :], self.merged, self.base.bias)
-            return torch.cat([self.base(x[..., :start, :]), window], dim=-2)
+        if start > 0 and (joined := self.joined) is not None:
+            both = nn.functional.linear(x, joined.weight, joined.bias)
+            y, down = both.split((joined.up.shape[1], joined.up.shape[0]), dim=-1)
+            return _add_update(y, down[:, start:], joined.up, start)
         lora_A: Tensor = self.lora_A
         lora_B: Tensor = self.lora_B
         if lora_A.dtype != x.dtype:
             lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        down = self.scale * nn.functional.linear(x[:, start:], lora_A)
         if start == 0:
-            return self.base(x) + nn.functional.linear(self.scale * nn.functional.linear(x, lora_A), lora_B)
-        y = self.base(x)
-        # A decoding call, in place and with the fewest operations: small models spend their time between them.
-        for row in range(x.shape[0]):
-            y[row, start:].addmm_(nn.functional.linear(x[row, start:], lora_A), lora_B.t(), alpha=self.scale)
-        return y
+            return self.base(x) + nn.functional.linear(down, lora_B)
+        return _add_update(self.base(x), down, lora_B.t(), start)
+
+
+def _add_update(y: Tensor, down: Tensor, up: Tensor, start: int) -> Tensor:
+    """y (B, T, out) with down @ up added, in place, to its positions from `start` on.
+
+    down: (B, T − start, rank); up: (rank, out).
+    """
+    if len(y) == 1:
+        # One operation: small models spend their time between them.
+        y[0, start:].addmm_(down[0], up)
+    else:
+        y[:, start:] += down @ up
+    return y
 
 
 def linear_shape(layer: nn.Linear | Conv1D) -> tuple[int, int]:
