@@ -144,5 +144,5 @@ class Decoder:
 
     def plan(self, texts: Sequence[Text]) -> list[Allocation]:
         """What the next call does for each text (METHOD §4, step 4)."""
-        confidences, remaining = [text.confidences for text in texts], [text.num_remaining for text in texts]
-        return allocate(confidences, self.profile, fixed(self.budget), remaining)
+        price = fixed(self.budget)
+        return [allocate(text.confidences, self.profile, price, text.num_remaining) for text in texts]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,48 +103,46 @@ def row_layout(row: RowLayout, shape: CallShape, num_branches: int, shift: int, 
         1  1 1 . . . 1 .
         2  1 1 1 . . . 1
     """
-    index = torch.arange(shape.num_positions)
-    branch = torch.repeat_interleave(torch.arange(len(row.widths)), torch.tensor(row.widths))
-    starts = torch.tensor([0, *row.widths[:-1]]).cumsum(0)
-    k = torch.arange(row.num_window) - starts[branch]
-    branch, place, first, anchor = (
-        _padded(values, shape.num_window) for values in (branch, branch + k, k == 0, row.num_pending - 1 + branch)
-    )
+    # Lists and numpy: a layout that is new costs a tenth of what it does in tensor operations.
+    sees = np.eye(shape.num_positions, dtype=bool)
+    sees[: row.num_verify, : row.num_verify] = np.tri(row.num_verify, dtype=bool)
+    place, anchor, first, starts = [], [], [], []
+    start = shape.gate_start
+    for branch, width in enumerate(row.widths):
+        end, last = start + width, row.num_pending - 1 + branch
+        sees[start:end, : last + 1] = True
+        sees[start:end, start:end] = np.tri(width, dtype=bool)
+        place += range(branch, branch + width)
+        anchor += [last] * width
+        first += [k == 0 for k in range(width)]
+        starts.append(start)
+        start = end
+    verify = _padded(list(range(row.num_verify)), shape.gate_start)
+    offset = verify + _padded([row.num_pending + step + shift for step in place], shape.num_window)
+    verifies = [min(row.num_pending - 1 + branch, row.num_verify - 1) for branch in range(num_branches)]
 
-    is_verify = index < row.num_verify
-    is_window = (index >= shape.gate_start) & (index < shape.gate_start + row.num_window)
-    # The last verify position that each sees; a window sees its own branch too.
-    last_seen = torch.where(is_verify, index, -1)
-    last_seen[shape.gate_start :] = torch.where(is_window[shape.gate_start :], anchor, -1)
-    own = torch.where(is_verify, -1, -2)
-    own[shape.gate_start :] = torch.where(is_window[shape.gate_start :], branch, -2)
-    same_branch = (own[:, None] == own) & is_window & (index <= index[:, None])
-    sees = (is_verify & (index <= last_seen[:, None])) | same_branch | torch.eye(len(index), dtype=torch.bool)
+    def tensor(values: object) -> Tensor:
+        return torch.as_tensor(values, device=device).unsqueeze(0)
 
-    offset = torch.where(is_verify, index, 0)
-    window = slice(shape.gate_start, shape.gate_start + row.num_window)
-    offset[window] = row.num_pending + place[: row.num_window] + shift
-    verify = (row.num_pending - 1 + torch.arange(num_branches)).clamp(max=row.num_verify - 1)
-    layout = CallLayout(
-        offset=offset,
-        sees=sees,
-        place=place,
-        anchor=anchor,
-        first=first,
-        starts=_padded(shape.gate_start + starts, num_branches),
-        widths=_padded(torch.tensor(row.widths), num_branches),
-        verify=verify,
-        num_drafts=torch.tensor(row.num_drafts),
+    return CallLayout(
+        offset=tensor(offset),
+        sees=tensor(sees),
+        place=tensor(_padded(place, shape.num_window)),
+        anchor=tensor(_padded(anchor, shape.num_window)),
+        first=tensor(_padded(first, shape.num_window)).bool(),
+        starts=tensor(_padded(starts, num_branches)),
+        widths=tensor(_padded(list(row.widths), num_branches)),
+        verify=tensor(verifies),
+        num_drafts=tensor(row.num_drafts),
     )
-    return CallLayout(*(getattr(layout, field.name).unsqueeze(0).to(device) for field in fields(CallLayout)))
 
 
 _kept_layout = lru_cache(maxsize=4096)(row_layout)
 
 
-def _padded(values: Tensor, size: int) -> Tensor:
-    """Values (n,) and zeros behind them, (size,)."""
-    return torch.nn.functional.pad(values, (0, size - len(values)))
+def _padded(values: list[int], size: int) -> list[int]:
+    """Zeros behind values, up to a size."""
+    return values + [0] * (size - len(values))
 
 
 def call_mask(layout: CallLayout, cached: Sequence[int], lengths: Tensor) -> Tensor | None:

@@ -144,7 +144,7 @@ class Session:
             text.drafts = text.drafts[: plan.num_drafts]
             widths = tuple(width + lead if width else 0 for width in plan.widths)
             layouts.append(RowLayout(len(text.tokens) - text.num_cached, plan.num_drafts, widths))
-        found = self._call(texts, layouts)
+        found = self._call_plainly(texts[0]) if _is_plain(layouts) else self._call(texts, layouts)
         steps = []
         for row, (text, layout) in enumerate(zip(texts, layouts, strict=True)):
             num_accepted = found.num_accepted[row]
@@ -238,6 +238,15 @@ class Session:
             confidences=[row[size + 1 + drafts :] for row in numbers],
         )
 
+    def _call_plainly(self, text: Text) -> Verified:
+        """`_call` for one text that drafts nothing: one position, as any decoder does it."""
+        self.cache.append_at(None, text.num_cached)
+        device = self.model.device
+        ids, position = torch.tensor([[[text.tokens[-1]], [text.num_cached]]], device=device).unbind(1)
+        hidden = self.model.read(ids, position, None, self.cache)
+        token = pick(warp(self.head(hidden[:, 0]), self.rule), text.request.u[text.num_written : text.num_written + 1])
+        return Verified([token.tolist()], [0], [[]], [[]])
+
     def _numbers(self, texts: Sequence[Text]) -> Tensor:
         """u of the tokens to come of each text, (B, longest), padded with 0."""
         if len(texts) == 1:
@@ -255,6 +264,10 @@ class Session:
         distribution = warp(logits, self.rule)
         drafts = pick(distribution, u)
         return [drafts, probability(distribution, drafts)]
+
+
+def _is_plain(layouts: Sequence[RowLayout]) -> bool:
+    return len(layouts) == 1 and layouts[0].num_verify == 1 and not layouts[0].num_window
 
 
 def _at(u: Tensor, written: Tensor, place: Tensor) -> Tensor:

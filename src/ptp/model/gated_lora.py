@@ -87,8 +87,9 @@ class GatedLoRA(nn.Module):
             return self.base(x)
         if start > 0 and (joined := self.joined) is not None:
             both = nn.functional.linear(x, joined.weight, joined.bias)
-            y, down = both.split((joined.up.shape[1], joined.up.shape[0]), dim=-1)
-            return _add_update(y, down[:, start:], joined.up, start)
+            size = joined.up.shape[1]
+            _add_update(both[:, start:, :size], both[:, start:, size:], joined.up)
+            return both[..., :size]
         lora_A: Tensor = self.lora_A
         lora_B: Tensor = self.lora_B
         if lora_A.dtype != x.dtype:
@@ -96,20 +97,18 @@ class GatedLoRA(nn.Module):
         down = self.scale * nn.functional.linear(x[:, start:], lora_A)
         if start == 0:
             return self.base(x) + nn.functional.linear(down, lora_B)
-        return _add_update(self.base(x), down, lora_B.t(), start)
+        y = self.base(x)
+        _add_update(y[:, start:], down, lora_B.t())
+        return y
 
 
-def _add_update(y: Tensor, down: Tensor, up: Tensor, start: int) -> Tensor:
-    """y (B, T, out) with down @ up added, in place, to its positions from `start` on.
-
-    down: (B, T − start, rank); up: (rank, out).
-    """
+def _add_update(y: Tensor, down: Tensor, up: Tensor) -> None:
+    """Add down (B, T, rank) @ up (rank, out) to y (B, T, out), in place."""
     if len(y) == 1:
         # One operation: small models spend their time between them.
-        y[0, start:].addmm_(down[0], up)
+        y[0].addmm_(down[0], up)
     else:
-        y[:, start:] += down @ up
-    return y
+        y += down @ up
 
 
 def linear_shape(layer: nn.Linear | Conv1D) -> tuple[int, int]:
