@@ -3,7 +3,7 @@ from itertools import pairwise
 
 import pytest
 
-from ptp.decoding.allocation import allocate
+from ptp.decoding.allocation import Profile, allocate, fixed
 from ptp.evaluation.acceptance import simulated_tokens_per_call
 
 PROFILES = {
@@ -19,7 +19,8 @@ def played(survival: tuple[float, ...], budget: int, lead: int, num_calls: int =
     """Tokens per call of a chain of calls whose drafts are accepted by chance, as the profile says."""
     rng = random.Random(0)
     rates = [now / before if before else 0.0 for before, now in pairwise([1.0, *survival])]
-    plans = [allocate(rates[:m], survival, budget, 10**6, lead) for m in range(len(survival) + 1)]
+    profile = Profile(survival, lead)
+    plans = [allocate(rates[:m], profile, fixed(budget), 10**6) for m in range(len(survival) + 1)]
     at_hand, num_tokens = 0, 0
     for _ in range(num_calls):
         plan, accepted = plans[at_hand], 0

@@ -137,16 +137,46 @@ def test_targets_that_match_nothing_are_an_error(tiny_llama: Callable) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_merged_layer_computes_the_same_and_leaves_ungated_positions_to_the_base(rows: int) -> None:
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_joined_layer_computes_the_same_with_the_base_weight_in_its_own_memory(rows: int, bias: bool) -> None:
     gate = Gate()
-    layer = GatedLoRA(torch.nn.Linear(8, 6), rank=2, alpha=4.0, gate=gate)
-    torch.nn.init.normal_(layer.lora_B)
+    layer = GatedLoRA(nn.Linear(8, 6, bias=bias), rank=2, alpha=4.0, gate=gate)
+    nn.init.normal_(layer.lora_B)
     x = torch.randn(rows, 7, 8)
+    given, weight, shut = x.clone(), layer.base.weight.clone(), layer(x)
     with gate.opened(3):
         beside = layer(x)
-        layer.merge()
-        merged = layer(x)
-        layer.unmerge()
-        assert torch.equal(layer(x), beside)
-    torch.testing.assert_close(merged, beside, rtol=1e-5, atol=1e-5)
-    assert torch.equal(merged[:, :3], layer.base(x[:, :3]))
+        layer.join()
+        joined = layer(x)
+    torch.testing.assert_close(joined, beside, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(joined[:, :3], shut[:, :3], rtol=1e-6, atol=1e-6)
+    assert torch.equal(x, given)
+    # Nothing but lora_A takes memory anew, and with the gate shut the layer is its base, bit for bit.
+    assert layer.joined.weight.data_ptr() == layer.base.weight.data_ptr()
+    assert torch.equal(layer.base.weight, weight)
+    assert torch.equal(layer(x), shut)
+
+
+@torch.no_grad()
+def test_a_layer_that_learnt_on_is_joined_anew() -> None:
+    gate = Gate()
+    layer = GatedLoRA(nn.Linear(8, 6), rank=2, alpha=4.0, gate=gate)
+    x = torch.randn(1, 4, 8)
+    layer.join()
+    nn.init.normal_(layer.lora_B)
+    layer.join()
+    with gate.opened(2):
+        expected = layer.base(x[:, 2:]) + 2.0 * x[:, 2:] @ layer.lora_A.T @ layer.lora_B.T
+        torch.testing.assert_close(layer(x)[:, 2:], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_transposed_base_weight_stays_as_it_is() -> None:
+    gate = Gate()
+    layer = GatedLoRA(Conv1D(6, 8), rank=2, alpha=4.0, gate=gate)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(1, 4, 8)
+    with gate.opened(2):
+        before = layer(x)
+        layer.join()
+        assert torch.equal(layer(x), before)

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ptp.model import head
-from ptp.model.head import project, summed_loss
+from ptp.model.head import output_head, project, summed_loss
 
 VOCABULARY, HIDDEN, NUM_ROWS = 50, 32, 13
 SHAPE = {
@@ -56,6 +56,16 @@ def test_logits_of_hidden_states_are_the_model_s_own(config: PreTrainedConfig) -
         assert torch.equal(project(model, hidden), model(input_ids=ids).logits)
         # The layers are where they were.
         assert torch.equal(model.get_decoder()(input_ids=ids).last_hidden_state, hidden)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
+def test_the_head_of_a_model_is_the_quickest_that_gives_its_logits(config: PreTrainedConfig) -> None:
+    model, hidden = made(config), torch.randn(2, 3, HIDDEN)
+    head = output_head(model)
+    torch.testing.assert_close(head(hidden), project(model, hidden))
+    plain = config.model_type not in ("gemma2", "granite", "cohere")
+    assert (head is model.get_output_embeddings()) == plain
 
 
 def pieces(model: PreTrainedModel) -> tuple[Tensor, Callable[[Tensor, slice], Tensor]]:

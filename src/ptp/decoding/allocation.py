@@ -80,19 +80,17 @@ def allocate(confidences: Sequence[float], profile: Profile, price: Sequence[flo
     best, allocation = -inf, Allocation(0, (0,))
     for num_drafts in range(len(confidences), -1, -1):
         verified = sum(reached[1 : num_drafts + 1])
-        if verified + profile.expected[min(length, most - num_drafts)] - price[num_drafts] <= best:
+        if verified + profile.expected[min(length, most - num_drafts)] - price[num_drafts] < best:
             continue  # not even with one branch that is sure to come true
         before = reached[: num_drafts + 1]
         chances = [a - b for a, b in zip(before, [*before[1:], 0.0], strict=True)]
         tokens, widths = _widen(chances, room, profile, price[num_drafts:])
-        if verified + tokens > best:
+        if verified + tokens >= best:  # of equals, the fewer drafts
             best, allocation = verified + tokens, Allocation(num_drafts, tuple(widths))
     return allocation
 
 
-def _widen(
-    chances: list[float], room: list[int], profile: Profile, price: Sequence[float]
-) -> tuple[float, list[int]]:
+def _widen(chances: list[float], room: list[int], profile: Profile, price: Sequence[float]) -> tuple[float, list[int]]:
     """Widths of branches that come true with these chances, and the tokens expected of them, less their price."""
     expected, survival, lead, most = profile.expected, profile.survival, profile.lead, len(price) - 1
     widths, taken = [0] * len(chances), [0] * len(chances)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ptp.cache import SlotCache
 from ptp.decoding.allocation import Allocation
-from ptp.decoding.layout import CallLayout, CallShape, RowLayout, call_layout, call_mask
+from ptp.decoding.layout import CallShape, RowLayout, call_layout, call_mask
 from ptp.decoding.requests import Request
 from ptp.errors import DecodingError
 from ptp.model.ptp_model import PTPModel
@@ -113,9 +113,7 @@ class Session:
             raise DecodingError(f"all {self.num_slots} slots are taken; a text must leave before another can enter")
         prompt = request.prompt_ids
         # A call has positions for the last prompt token's successor at the earliest, so that one is never reused.
-        reused = {
-            slot: _common(self.kept[slot], prompt[:-1]) for slot, text in enumerate(self.slots) if text is None
-        }
+        reused = {slot: _common(self.kept[slot], prompt[:-1]) for slot, text in enumerate(self.slots) if text is None}
         slot = max(reused, key=lambda slot: (reused[slot], -len(self.kept[slot]), -slot))
         # A call appends padding too: as many positions as the widest texts beside it have.
         self.cache.reserve(len(prompt) + request.max_new_tokens + 2 * (self.most_positions + 1))

@@ -29,7 +29,7 @@ DECODED = "prompts decoded both ways"
 
 SMALL_MODEL = 50_000_000
 """Parameters below which a decoding call is bound by the number of its operations: it is then run on one thread of a
-CPU, both ways of decoding, and with merged adapter weights, whose memory is no matter."""
+CPU, both ways of decoding."""
 
 
 def verify_experiment(
@@ -46,7 +46,6 @@ def verify_experiment(
     plain_model = load_base_model(experiment.base_model, dtype).eval()
     model = PTPModel.from_pretrained(experiment.directory, dtype=dtype)
     prompts = validation_prompts(experiment, num_prompts)
-    small = plain_model.num_parameters() < SMALL_MODEL
     decoder = Decoder(model, experiment.config.sampling, budget)
     comparisons = []
     with decoding_threads(plain_model.num_parameters()):
