@@ -106,7 +106,10 @@ def row_layout(row: RowLayout, shape: CallShape, num_branches: int, shift: int, 
     # Lists and numpy: a layout that is new costs a tenth of what it does in tensor operations.
     sees = np.eye(shape.num_positions, dtype=bool)
     sees[: row.num_verify, : row.num_verify] = np.tri(row.num_verify, dtype=bool)
-    place, anchor, first, starts = [], [], [], []
+    place: list[int] = []
+    anchor: list[int] = []
+    first: list[int] = []
+    starts: list[int] = []
     start = shape.gate_start
     for branch, width in enumerate(row.widths):
         end, last = start + width, row.num_pending - 1 + branch
@@ -114,7 +117,7 @@ def row_layout(row: RowLayout, shape: CallShape, num_branches: int, shift: int, 
         sees[start:end, start:end] = np.tri(width, dtype=bool)
         place += range(branch, branch + width)
         anchor += [last] * width
-        first += [k == 0 for k in range(width)]
+        first += [int(k == 0) for k in range(width)]
         starts.append(start)
         start = end
     verify = _padded(list(range(row.num_verify)), shape.gate_start)

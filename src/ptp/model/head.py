@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -45,7 +45,7 @@ def project(base_model: PreTrainedModel, hidden: Tensor) -> Tensor:
 def output_head(base_model: PreTrainedModel) -> LogitsOf:
     """`project` for one model, by its output embeddings alone where nothing follows them: a call costs far less."""
     embeddings = base_model.get_output_embeddings()
-    weight = base_model.get_input_embeddings().weight
+    weight = cast(nn.Embedding, base_model.get_input_embeddings()).weight
     with torch.no_grad():
         probe = torch.randn(2, weight.shape[1], device=weight.device).to(weight.dtype)
         if torch.equal(embeddings(probe), project(base_model, probe)):

@@ -179,27 +179,14 @@ class PTPModel(nn.Module):
         token = self.token_embedding(anchor)
         return embedded + (token if self.ptp_config.anchor == "all" else token * first.unsqueeze(-1))
 
-    def call(
-        self,
-        inputs: Tensor,
-        positions: Tensor,
-        mask: Tensor | None,
-        cache: Cache,
-        gate_start: int | None = None,
-        logits_to_keep: int | Tensor = 0,
-    ) -> Tensor:
-        """One forward call on top of a cache, gate open from `gate_start` on.
-
-        inputs: (B, T) token ids or (B, T, H) embeddings; positions: (B, T); mask: (B, 1, T, cached + T) bool.
-        logits_to_keep: 0 for all, or as transformers means it. Returns logits (B, kept, V).
-        """
-        with self.gate.opened(gate_start):
-            return self.base_model(**self._named(inputs, positions, mask, cache), logits_to_keep=logits_to_keep).logits
-
     def read(
-        self, inputs: Tensor, positions: Tensor, mask: Mask | Tensor, cache: Cache, gate_start: int | None = None
+        self, inputs: Tensor, positions: Tensor, mask: Mask | Tensor | None, cache: Cache, gate_start: int | None = None
     ) -> Tensor:
-        """A call as `call` makes it, without the output head. Returns hidden states (B, T, H)."""
+        """One forward call of the layers on top of a cache, gate open from `gate_start` on. Returns states (B, T, H).
+
+        inputs: (B, T) token ids or (B, T, H) embeddings; positions: (B, T); mask: what each may see of the cached and
+        the own positions, None for everything; `logits` are made of what comes back.
+        """
         checkpoints = self.gradient_checkpointing and torch.is_grad_enabled()
         with self.gate.opened(gate_start), checkpointed(self.base_model, self.gate) if checkpoints else nullcontext():
             named = self._named(inputs, positions, mask, cache)
