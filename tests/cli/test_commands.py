@@ -25,10 +25,10 @@ from transformers import (
 )
 
 from ptp.cli import distill, generate, main, pregenerate, train
+from ptp.decoding.acceptance import simulated_tokens_per_call
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.requests import make_request
 from ptp.evaluation import verify as verify_module
-from ptp.evaluation.acceptance import simulated_tokens_per_call
 from ptp.evaluation.experiment_report import verify_experiment
 from ptp.experiment import Experiment
 from ptp.model.ptp_model import PTPModel

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from ptp.decoding.acceptance import simulated_tokens_per_call
 from ptp.decoding.decoder import Generation, Step
-from ptp.evaluation.acceptance import simulated_tokens_per_call
 from ptp.evaluation.measurement import NOTABLE, Measurement, described
 
 SURVIVAL = (0.8, 0.6, 0.4)

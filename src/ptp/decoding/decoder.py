@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
-from ptp.decoding.allocation import Allocation, Profile, allocate, fixed
+from ptp.attention import context_length
+from ptp.decoding.allocation import Profile
+from ptp.decoding.budget import FixedBudget, Latency, MeasuredBudget, Policy
+from ptp.decoding.latency import CONTEXT, kept_latency, measure_latency
 from ptp.decoding.requests import Request, make_request
 from ptp.decoding.session import Session, Step, Text
 from ptp.errors import ConfigError
@@ -18,6 +22,13 @@ from ptp.model.ptp_model import PTPModel, check_decodable
 from ptp.sampling import SamplingRule
 
 logger = logging.getLogger(__name__)
+
+
+Budget = int | Literal["auto"]
+"""Positions a call may spend on a text's drafts and branches, or as many as pay."""
+
+MOST_POSITIONS = 64
+"""Positions of a text in a call beyond which a measured budget does not look: few branches come true so far out."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +74,22 @@ class Decoder:
 
     model: a PTP model, whose weights must not change any more. rule: how tokens are sampled (default: the rule the
     adapter was trained for, else temperature 1). budget: positions a call may spend on a text's drafts and branches;
-    0 is plain decoding.
+    0 is plain decoding, and "auto" as many as pay by the time that calls take on this machine, which is measured once
+    (some seconds) and kept.
     """
 
-    def __init__(self, model: PTPModel, rule: SamplingRule | None = None, budget: int = 24) -> None:
-        if budget < 0:
-            raise ConfigError(f"budget must be 0 (plain decoding) or a positive number of positions; got {budget}")
+    def __init__(self, model: PTPModel, rule: SamplingRule | None = None, budget: Budget = 24) -> None:
+        if budget != "auto" and budget < 0:
+            raise ConfigError(
+                f"budget must be auto, 0 (plain decoding) or a positive number of positions; got {budget}"
+            )
         check_decodable(model.ptp_config)
         self.model = model.eval()
         for layer in lora_layers(model.base_model).values():
             layer.join()
         self.head = output_head(model.base_model)
         self.rule = rule or model.rule or SamplingRule()
-        self.budget = budget
-        self.profile = Profile(model.survival, model.ptp_config.lead)
+        self.policy = self._policy(budget)
         if model.rule is not None and self.rule != model.rule:
             logger.warning(
                 "the adapter was trained for %s; under %s the text is as right, but fewer drafts are accepted",
@@ -140,9 +153,22 @@ class Decoder:
 
     def session(self, num_slots: int = 1) -> Session:
         """Places for requests to come and go in, such as the turns of a chat or what clients of a server ask."""
-        return Session(self.model, self.rule, self.head, self.plan, num_slots, self.budget)
+        return self._session(self.policy, num_slots)
 
-    def plan(self, texts: Sequence[Text]) -> list[Allocation]:
-        """What the next call does for each text (METHOD §4, step 4)."""
-        price = fixed(self.budget)
-        return [allocate(text.confidences, self.profile, price, text.num_remaining) for text in texts]
+    def _session(self, policy: Policy, num_slots: int) -> Session:
+        return Session(self.model, self.rule, self.head, policy, num_slots)
+
+    def _policy(self, budget: Budget) -> Policy:
+        profile = Profile(self.model.survival, self.model.ptp_config.lead)
+        if budget != "auto":
+            return FixedBudget(profile, budget)
+        if not profile.survival:
+            return FixedBudget(profile, 0)
+
+        def measure() -> Latency:
+            context = context_length(self.model.base_model.config) or 2 * CONTEXT
+            prompt = [0] * max(1, min(CONTEXT, context // 2))
+            request = make_request(self.model.base_model, prompt, context // 2, seed=0, end_token_ids=[])
+            return measure_latency(self._session, request, profile)
+
+        return MeasuredBudget(profile, kept_latency(self.model, measure), MOST_POSITIONS)

@@ -10,14 +10,15 @@ text that left it, so that a prompt which begins like it, such as a chat's next 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ptp.cache import SlotCache
-from ptp.decoding.allocation import Allocation
+from ptp.decoding.allocation import allocate
+from ptp.decoding.budget import Policy
 from ptp.decoding.layout import CallShape, RowLayout, call_layout, call_mask
 from ptp.decoding.requests import Request
 from ptp.errors import DecodingError
@@ -64,10 +65,6 @@ class Text:
         return self.num_written > 0 and self.request.is_finished(self.tokens)
 
 
-Plan = Callable[[Sequence[Text]], list[Allocation]]
-"""How many drafts of each text a call verifies, and how wide it makes their branches."""
-
-
 @dataclass(frozen=True)
 class Verified:
     """What a call found, on the host. true_tokens: (B, 1 + drafts), the base model's own. num_accepted: (B,).
@@ -84,15 +81,12 @@ class Verified:
 class Session:
     """Slots of a key-value cache, in which requests are answered together.
 
-    rule: how tokens are sampled. head: hidden states to logits. plan: see `Plan`. num_slots: texts at a time.
-    most_positions: window and draft positions of a text that a plan may ask for.
+    rule: how tokens are sampled. head: hidden states to logits. policy: what drafts and branches may cost. num_slots:
+    texts at a time.
     """
 
-    def __init__(
-        self, model: PTPModel, rule: SamplingRule, head: LogitsOf, plan: Plan, num_slots: int, most_positions: int
-    ) -> None:
-        self.model, self.rule, self.head, self.plan = model, rule, head, plan
-        self.num_slots, self.most_positions = num_slots, most_positions
+    def __init__(self, model: PTPModel, rule: SamplingRule, head: LogitsOf, policy: Policy, num_slots: int = 1) -> None:
+        self.model, self.rule, self.head, self.policy, self.num_slots = model, rule, head, policy, num_slots
         self.cache = SlotCache(model.num_layers, num_slots, 0)
         self.slots: list[Text | None] = [None] * num_slots
         self.kept: list[list[int]] = [[] for _ in range(num_slots)]
@@ -116,7 +110,7 @@ class Session:
         reused = {slot: _common(self.kept[slot], prompt[:-1]) for slot, text in enumerate(self.slots) if text is None}
         slot = max(reused, key=lambda slot: (reused[slot], -len(self.kept[slot]), -slot))
         # A call appends padding too: as many positions as the widest texts beside it have.
-        self.cache.reserve(len(prompt) + request.max_new_tokens + 2 * (self.most_positions + 1))
+        self.cache.reserve(len(prompt) + request.max_new_tokens + 2 * (self.policy.most + 1))
         text = self.slots[slot] = Text(request, list(prompt), reused[slot])
         self.kept[slot] = []
         # Alone, the rest of a prompt is read by the call that drafts first; beside others it would pad all of them.
@@ -137,8 +131,10 @@ class Session:
         self._close_gaps()
         texts = self.texts
         lead = self.model.ptp_config.lead
+        price, profile = self.policy.price(len(texts)), self.policy.profile(len(texts))
         layouts = []
-        for text, plan in zip(texts, self.plan(texts), strict=True):
+        for text in texts:
+            plan = allocate(text.confidences, profile, price, text.num_remaining)
             text.drafts = text.drafts[: plan.num_drafts]
             widths = tuple(width + lead if width else 0 for width in plan.widths)
             layouts.append(RowLayout(len(text.tokens) - text.num_cached, plan.num_drafts, widths))
@@ -155,6 +151,9 @@ class Session:
             text.drafts, text.confidences = found.drafts[row][:num_drafts], found.confidences[row][:num_drafts]
             if text.is_finished:
                 self.leave(text)
+        if all(layout.num_pending == 1 for layout in layouts):
+            num_positions = len(texts) * CallShape.of(layouts).num_positions
+            self.policy.learn(len(texts), sum(len(step.token_ids) for _, step in steps), num_positions)
         return steps
 
     def _close_gaps(self) -> None:

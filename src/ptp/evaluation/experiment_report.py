@@ -14,8 +14,8 @@ from typing import cast
 import torch
 import transformers
 
+from ptp.decoding.acceptance import simulated_tokens_per_call
 from ptp.decoding.decoder import Decoder
-from ptp.evaluation.acceptance import simulated_tokens_per_call
 from ptp.evaluation.report import Report, Sample, Speed, pieces
 from ptp.evaluation.verify import Verification, verify
 from ptp.experiment import FILES, Experiment

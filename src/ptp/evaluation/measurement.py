@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from math import sqrt
 
 from ptp.data.store import CompletionStore
+from ptp.decoding.acceptance import simulated_tokens_per_call
 from ptp.decoding.decoder import Decoder, Generation
-from ptp.evaluation.acceptance import simulated_tokens_per_call
 from ptp.evaluation.experiment_report import decoding_threads
 from ptp.experiment import Experiment
 from ptp.files import write_atomically

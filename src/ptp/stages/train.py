@@ -17,8 +17,8 @@ from transformers.integrations import TensorBoardCallback
 from ptp.data.documents import Documents
 from ptp.data.split import held_out
 from ptp.data.store import CompletionStore
+from ptp.decoding.acceptance import simulated_tokens_per_call
 from ptp.errors import ConfigError, DataError
-from ptp.evaluation.acceptance import simulated_tokens_per_call
 from ptp.experiment import Experiment
 from ptp.files import write_atomically
 from ptp.model.adapter import SETTINGS as ADAPTER_SETTINGS

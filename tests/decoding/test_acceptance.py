@@ -3,8 +3,8 @@ from itertools import pairwise
 
 import pytest
 
+from ptp.decoding.acceptance import simulated_tokens_per_call
 from ptp.decoding.allocation import Profile, allocate, fixed
-from ptp.evaluation.acceptance import simulated_tokens_per_call
 
 PROFILES = {
     "falling": (0.8, 0.6, 0.4, 0.25, 0.15, 0.1),
