@@ -151,12 +151,21 @@ class SlotCache(Cache):
     def __init__(self, num_layers: int, num_slots: int, capacity: int) -> None:
         super().__init__(layers=[SlotLayer(num_slots, capacity) for _ in range(num_layers)])
 
-    def append_at(self, lengths: Tensor | None, longest: int, num_positions: int = 1, slot: int = 0) -> None:
+    @property
+    def capacity(self) -> int:
+        """Positions that a slot has room for."""
+        return self.layers[0].capacity
+
+    def append_at(
+        self, lengths: Tensor | None, longest: int, num_positions: int = 1, slot: int = 0, width: int | None = None
+    ) -> None:
         """Say before a call of B rows, in slots from `slot` on, of T = num_positions each, how long the rows are.
 
-        lengths: (B,) int64, and the largest of them; or None for a single row, of the length `longest`.
+        lengths: (B,) int64, and the largest of them; or None for a single row, of the length `longest`. width: keys
+        that the call is given of each row; default as few as there are.
         """
-        width = longest + num_positions
+        if width is None:
+            width = longest + num_positions
         if lengths is None:
             place = Appending(slice(slot, slot + 1), longest, width)
         else:

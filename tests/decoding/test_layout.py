@@ -103,7 +103,7 @@ def test_every_position_sees_all_that_its_text_has_cached_and_nothing_of_others(
 ) -> None:
     rows, cached = [row for row, _ in texts], [number for _, number in texts]
     layout, shape = made(rows)
-    mask = call_mask(layout, cached, torch.tensor(cached))
+    mask = call_mask(layout, cached, torch.tensor(cached).unsqueeze(1))
     width = max(cached) + shape.num_positions
     if mask is None:
         assert shape.num_positions == 1 and len(set(cached)) == 1

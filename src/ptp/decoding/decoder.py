@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ptp.attention import context_length
 from ptp.decoding.allocation import Profile
@@ -75,10 +77,13 @@ class Decoder:
     model: a PTP model, whose weights must not change any more. rule: how tokens are sampled (default: the rule the
     adapter was trained for, else temperature 1). budget: positions a call may spend on a text's drafts and branches;
     0 is plain decoding, and "auto" as many as pay by the time that calls take on this machine, which is measured once
-    (some seconds) and kept.
+    (some seconds) and kept. compile: run calls compiled, on a GPU as CUDA graphs; a session's first calls then take
+    long.
     """
 
-    def __init__(self, model: PTPModel, rule: SamplingRule | None = None, budget: Budget = 24) -> None:
+    def __init__(
+        self, model: PTPModel, rule: SamplingRule | None = None, budget: Budget = 24, compile: bool = False
+    ) -> None:
         if budget != "auto" and budget < 0:
             raise ConfigError(
                 f"budget must be auto, 0 (plain decoding) or a positive number of positions; got {budget}"
@@ -89,6 +94,7 @@ class Decoder:
             layer.join()
         self.head = output_head(model.base_model)
         self.rule = rule or model.rule or SamplingRule()
+        self.layers = compiled_layers(model.base_model) if compile else None
         self.policy = self._policy(budget)
         if model.rule is not None and self.rule != model.rule:
             logger.warning(
@@ -156,7 +162,7 @@ class Decoder:
         return self._session(self.policy, num_slots)
 
     def _session(self, policy: Policy, num_slots: int) -> Session:
-        return Session(self.model, self.rule, self.head, policy, num_slots)
+        return Session(self.model, self.rule, self.head, policy, num_slots, self.layers)
 
     def _policy(self, budget: Budget) -> Policy:
         profile = Profile(self.model.survival, self.model.ptp_config.lead)
@@ -172,3 +178,9 @@ class Decoder:
             return measure_latency(self._session, request, profile)
 
         return MeasuredBudget(profile, kept_latency(self.model, measure), MOST_POSITIONS)
+
+
+def compiled_layers(base_model: PreTrainedModel) -> Callable[..., Any]:
+    """The model's decoder, compiled for each shape it is called with; on a GPU each is captured as a CUDA graph."""
+    mode = "reduce-overhead" if base_model.device.type == "cuda" else "default"
+    return torch.compile(base_model.get_decoder(), dynamic=False, mode=mode)

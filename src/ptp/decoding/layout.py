@@ -148,19 +148,20 @@ def _padded(values: list[int], size: int) -> list[int]:
     return values + [0] * (size - len(values))
 
 
-def call_mask(layout: CallLayout, cached: Sequence[int], lengths: Tensor) -> Tensor | None:
-    """(B, 1, T, longest + T) bool, which of the keys each position sees; None for one position, which sees all.
+def call_mask(layout: CallLayout, cached: Sequence[int], lengths: Tensor, width: int | None = None) -> Tensor | None:
+    """(B, 1, T, width) bool, which of the keys each position sees; None where all see all.
 
-    cached: tokens of each text that are cached; lengths: the same on the device, (B,) int64. A text's keys are those
-    cached, then this call's.
+    cached: tokens of each text that are cached; lengths: the same on the device, (B, 1) int64. A text's keys are those
+    cached, then this call's, then, up to `width` (default: that of the longest text), nothing.
     """
     sees = layout.sees
     num_positions, longest = sees.shape[-1], max(cached)
-    if min(cached) == longest:
+    if min(cached) == longest and width is None:
         if num_positions == 1:
             return None
         return torch.nn.functional.pad(sees, (longest, 0), value=True).unsqueeze(1)
-    own = torch.arange(longest + num_positions, device=lengths.device) - lengths.unsqueeze(1)
+    width = width or longest + num_positions
+    own = torch.arange(width, device=lengths.device) - lengths
     index = own.clamp(0, num_positions - 1).unsqueeze(1).expand(-1, num_positions, -1)
     seen = sees.gather(2, index) & (own < num_positions).unsqueeze(1)
     return (seen | (own < 0).unsqueeze(1)).unsqueeze(1)

@@ -10,8 +10,9 @@ text that left it, so that a prompt which begins like it, such as a chat's next 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from ptp.sampling import LogitsOf, SamplingRule, pick, probability, warp
 
 PREFILL_CHUNK = 512
 """Prompt tokens run ahead of the first call at a time, so that its mask stays small."""
+
+COMPILED_CAPACITY = 512
+"""Compiled calls look at a whole cache, whose length is a multiple of this."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,21 @@ class Session:
     """Slots of a key-value cache, in which requests are answered together.
 
     rule: how tokens are sampled. head: hidden states to logits. policy: what drafts and branches may cost. num_slots:
-    texts at a time.
+    texts at a time. layers: the base model's decoder compiled; calls behind the prompts then have one of two shapes,
+    so that nothing is compiled again unless a text outgrows the cache.
     """
 
-    def __init__(self, model: PTPModel, rule: SamplingRule, head: LogitsOf, policy: Policy, num_slots: int = 1) -> None:
+    def __init__(
+        self,
+        model: PTPModel,
+        rule: SamplingRule,
+        head: LogitsOf,
+        policy: Policy,
+        num_slots: int = 1,
+        layers: Callable[..., Any] | None = None,
+    ) -> None:
         self.model, self.rule, self.head, self.policy, self.num_slots = model, rule, head, policy, num_slots
+        self.layers = layers
         self.cache = SlotCache(model.num_layers, num_slots, 0)
         self.slots: list[Text | None] = [None] * num_slots
         self.kept: list[list[int]] = [[] for _ in range(num_slots)]
@@ -109,8 +123,7 @@ class Session:
         # A call has positions for the last prompt token's successor at the earliest, so that one is never reused.
         reused = {slot: _common(self.kept[slot], prompt[:-1]) for slot, text in enumerate(self.slots) if text is None}
         slot = max(reused, key=lambda slot: (reused[slot], -len(self.kept[slot]), -slot))
-        # A call appends padding too: as many positions as the widest texts beside it have.
-        self.cache.reserve(len(prompt) + request.max_new_tokens + 2 * (self.policy.most + 1))
+        self._reserve(len(prompt) + request.max_new_tokens)
         text = self.slots[slot] = Text(request, list(prompt), reused[slot])
         self.kept[slot] = []
         # Alone, the rest of a prompt is read by the call that drafts first; beside others it would pad all of them.
@@ -119,6 +132,16 @@ class Session:
             chunk = min(PREFILL_CHUNK, len(text.tokens) - text.num_cached - 1)
             self._prefill(text, slot, chunk)
         return text
+
+    def _reserve(self, num_tokens: int) -> None:
+        """Room in the cache for texts of so many tokens."""
+        # A call appends padding too: as many positions as the widest texts beside it have.
+        needed = num_tokens + 2 * (self.policy.most + 1)
+        if self.layers is None:
+            self.cache.reserve(needed)
+        elif needed > self.cache.capacity:
+            self.cache.reserve(-(-needed // COMPILED_CAPACITY) * COMPILED_CAPACITY)
+            self.kept = [[] if text is None else kept for text, kept in zip(self.slots, self.kept, strict=True)]
 
     def leave(self, text: Text) -> None:
         """Give a text's slot up; its keys stay until another text needs the slot."""
@@ -138,7 +161,8 @@ class Session:
             text.drafts = text.drafts[: plan.num_drafts]
             widths = tuple(width + lead if width else 0 for width in plan.widths)
             layouts.append(RowLayout(len(text.tokens) - text.num_cached, plan.num_drafts, widths))
-        found = self._call_plainly(texts[0]) if _is_plain(layouts) else self._call(texts, layouts)
+        plain = self.layers is None and _is_plain(layouts)
+        found = self._call_plainly(texts[0]) if plain else self._call(texts, layouts)
         steps = []
         for row, (text, layout) in enumerate(zip(texts, layouts, strict=True)):
             num_accepted = found.num_accepted[row]
@@ -173,44 +197,52 @@ class Session:
         ids = torch.tensor([text.tokens[text.num_cached : text.num_cached + num_tokens]], device=device)
         self.cache.append_at(None, text.num_cached, num_tokens, slot)
         cached = [text.num_cached]
-        mask = call_mask(layout, cached, torch.tensor(cached, device=device))
+        mask = call_mask(layout, cached, torch.tensor([cached], device=device))
         self.model.read(ids, layout.offset + text.num_cached, mask, self.cache)
         text.num_cached += num_tokens
 
     def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> Verified:
         """One forward call; the base model's tokens, what they say of the drafts, and the next drafts."""
         device, config = self.model.device, self.model.ptp_config
-        shape = CallShape.of(layouts)
+        shape, width = CallShape.of(layouts), None
+        cached, written = [text.num_cached for text in texts], [text.num_written for text in texts]
+        ids = [text.tokens[text.num_cached :] + text.drafts for text in texts]
+        numbers = [text.request.u for text in texts]
+        compiled = self.layers is not None and shape.gate_start <= 1 + config.num_drafts
+        if compiled:
+            shape, width = self._compiled_shape(shape), self.cache.capacity
+            # Free slots take part; what is written to them goes where no text reaches.
+            idle = self.num_slots - len(texts)
+            layouts = [*layouts, *[RowLayout(1, 0, (0,))] * idle]
+            cached, written = cached + [width - shape.num_positions] * idle, written + [0] * idle
+            ids, numbers = ids + [[0]] * idle, numbers + [numbers[0]] * idle
         layout = call_layout(layouts, shape, config.shift, device)
-        cached = [text.num_cached for text in texts]
         # What differs from call to call goes to the device in one piece.
-        rows = [
-            [text.num_cached, text.num_written, *_filled(text.tokens[text.num_cached :] + text.drafts, shape)]
-            for text in texts
-        ]
-        state = torch.tensor(rows, device=device)
-        lengths, written, ids = state[:, 0], state[:, 1], state[:, 2:]
-        u = self._numbers(texts)
+        rows = zip(cached, written, ids, strict=True)
+        state = torch.tensor([[*row[:2], *row[2], *[0] * (shape.gate_start - len(row[2]))] for row in rows])
+        lengths, done, tokens = state.to(device, non_blocking=True).split([1, 1, shape.gate_start], dim=1)
+        u = torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True) if len(numbers) > 1 else numbers[0].unsqueeze(0)
 
-        inputs = ids
+        inputs = tokens
         if shape.num_window:
-            embedded = self.model.embed_u(_at(u, written, layout.place))
-            window = self.model.add_anchor(embedded, ids.gather(1, layout.anchor), layout.first)
-            inputs = torch.cat([self.model.token_embedding(ids), window], dim=1)
-        alone = len(texts) == 1
-        self.cache.append_at(None if alone else lengths, max(cached), shape.num_positions)
+            embedded = self.model.embed_u(_at(u, done + layout.place))
+            window = self.model.add_anchor(embedded, tokens.gather(1, layout.anchor), layout.first)
+            inputs = torch.cat([self.model.token_embedding(tokens), window], dim=1)
+        alone = len(layouts) == 1 and not compiled
+        self.cache.append_at(None if alone else lengths[:, 0], max(cached), shape.num_positions, width=width)
         hidden = self.model.read(
             inputs,
-            layout.offset + lengths.unsqueeze(1),
-            call_mask(layout, cached, lengths),
+            layout.offset + lengths,
+            call_mask(layout, cached, lengths, width),
             self.cache,
             shape.gate_start if shape.num_window else None,
+            self.layers if compiled else None,
         )
 
         # Verify: drafts count up to the first that is not what the base model writes with that u.
         place = torch.arange(layout.verify.shape[1], device=device).expand_as(layout.verify)
-        true_tokens = pick(warp(self.head(_rows(hidden, layout.verify)), self.rule), _at(u, written, place))
-        drafted = ids.gather(1, layout.verify)[:, 1:]
+        true_tokens = pick(warp(self.head(_rows(hidden, layout.verify)), self.rule), _at(u, done + place))
+        drafted = tokens.gather(1, layout.verify)[:, 1:]
         right = (drafted == true_tokens[:, :-1]) & (place[:, 1:] <= layout.num_drafts.unsqueeze(1))
         num_accepted = right.cumprod(1).sum(1, keepdim=True)
 
@@ -224,15 +256,15 @@ class Session:
             index = torch.arange(widest, device=device) + layout.starts.gather(1, num_accepted)
             logits = _rows(hidden, index.clamp(max=shape.num_positions - 1)[:, config.lead :])
             place = num_accepted + 1 + torch.arange(logits.shape[1], device=device)
-            found += self._draft(self.head(logits), _at(u, written, place))
+            found += self._draft(self.head(logits), _at(u, done + place))
         # One copy to the host: float64 holds token ids exactly.
-        numbers = torch.cat([part.double() for part in found], dim=1).tolist()
+        values = torch.cat([part.double() for part in found], dim=1).tolist()
         size, drafts = true_tokens.shape[1], max(0, widest - config.lead)
         return Verified(
-            true_tokens=[[int(token) for token in row[:size]] for row in numbers],
-            num_accepted=[int(row[size]) for row in numbers],
-            drafts=[[int(token) for token in row[size + 1 : size + 1 + drafts]] for row in numbers],
-            confidences=[row[size + 1 + drafts :] for row in numbers],
+            true_tokens=[[int(token) for token in row[:size]] for row in values],
+            num_accepted=[int(row[size]) for row in values],
+            drafts=[[int(token) for token in row[size + 1 : size + 1 + drafts]] for row in values],
+            confidences=[row[size + 1 + drafts :] for row in values],
         )
 
     def _call_plainly(self, text: Text) -> Verified:
@@ -244,11 +276,11 @@ class Session:
         token = pick(warp(self.head(hidden[:, 0]), self.rule), text.request.u[text.num_written : text.num_written + 1])
         return Verified([token.tolist()], [0], [[]], [[]])
 
-    def _numbers(self, texts: Sequence[Text]) -> Tensor:
-        """u of the tokens to come of each text, (B, longest), padded with 0."""
-        if len(texts) == 1:
-            return texts[0].request.u.unsqueeze(0)
-        return torch.nn.utils.rnn.pad_sequence([text.request.u for text in texts], batch_first=True)
+    def _compiled_shape(self, shape: CallShape) -> CallShape:
+        """Of the two shapes that are compiled, a position for each text or all that may be had, the one that serves."""
+        if shape.num_positions == 1:
+            return shape
+        return CallShape(1 + min(self.model.ptp_config.num_drafts, self.policy.most), self.policy.most)
 
     def _draft(self, logits: Tensor, u: Tensor) -> list[Tensor]:
         """Drafts and their confidences, (B, drafts) each, from the rows (B, drafts, V) of the branches that came true.
@@ -267,18 +299,14 @@ def _is_plain(layouts: Sequence[RowLayout]) -> bool:
     return len(layouts) == 1 and layouts[0].num_verify == 1 and not layouts[0].num_window
 
 
-def _at(u: Tensor, written: Tensor, place: Tensor) -> Tensor:
-    """u (B, longest) at places (B, n) behind the tokens written (B,); past the end, the last, which is not used."""
-    return u.gather(1, (written.unsqueeze(1) + place).clamp(max=u.shape[1] - 1))
+def _at(u: Tensor, index: Tensor) -> Tensor:
+    """u (B, longest) at an index (B, n); past the end, the last, which is not used."""
+    return u.gather(1, index.clamp(max=u.shape[1] - 1))
 
 
 def _rows(hidden: Tensor, index: Tensor) -> Tensor:
     """Hidden states (B, T, H) at positions (B, n): (B, n, H)."""
     return hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-
-
-def _filled(ids: list[int], shape: CallShape) -> list[int]:
-    return ids + [0] * (shape.gate_start - len(ids))
 
 
 def _common(kept: Sequence[int], prompt: Sequence[int]) -> int:

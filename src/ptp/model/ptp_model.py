@@ -180,17 +180,25 @@ class PTPModel(nn.Module):
         return embedded + (token if self.ptp_config.anchor == "all" else token * first.unsqueeze(-1))
 
     def read(
-        self, inputs: Tensor, positions: Tensor, mask: Mask | Tensor | None, cache: Cache, gate_start: int | None = None
+        self,
+        inputs: Tensor,
+        positions: Tensor,
+        mask: Mask | Tensor | None,
+        cache: Cache,
+        gate_start: int | None = None,
+        layers: Callable[..., Any] | None = None,
     ) -> Tensor:
         """One forward call of the layers on top of a cache, gate open from `gate_start` on. Returns states (B, T, H).
 
         inputs: (B, T) token ids or (B, T, H) embeddings; positions: (B, T); mask: what each may see of the cached and
-        the own positions, None for everything; `logits` are made of what comes back.
+        the own positions, None for everything; `logits` are made of what comes back. layers: the base model's decoder
+        in another form, such as compiled.
         """
         checkpoints = self.gradient_checkpointing and torch.is_grad_enabled()
         with self.gate.opened(gate_start), checkpointed(self.base_model, self.gate) if checkpoints else nullcontext():
             named = self._named(inputs, positions, mask, cache)
-            return self.base_model.get_decoder()(**named).last_hidden_state
+            decoder = self.base_model.get_decoder() if layers is None else layers
+            return decoder(**named).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., H)."""

@@ -1,0 +1,60 @@
+"""Compiled calls: the same text, and nothing compiled again after the first calls."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from ptp.config import PTPConfig
+from ptp.decoding import decoder as decoder_module
+from ptp.decoding.decoder import Decoder
+from ptp.decoding.plain import decode_plainly
+from ptp.decoding.requests import make_request
+from ptp.decoding.session import Session
+from ptp.model.ptp_model import PTPModel
+from ptp.sampling import SamplingRule
+
+RULE = SamplingRule(temperature=0.8)
+
+
+def traced(base_model: PreTrainedModel) -> Callable[..., Any]:
+    """Calls traced as for the compiler, with the same guards on when to trace anew, but run as they are."""
+    return torch.compile(base_model.get_decoder(), dynamic=False, backend="eager")
+
+
+def write(session: Session, base: PreTrainedModel, prompt: list[int], num_tokens: int, seed: int) -> None:
+    request = make_request(base, prompt, num_tokens, seed, end_token_ids=[])
+    text = session.enter(request)
+    while text in session.texts:
+        session.step()
+    assert text.tokens[len(prompt) :] == decode_plainly(base, request, RULE)
+
+
+def check(base: PreTrainedModel, random_adapter: Callable, variant: str, num_slots: int) -> None:
+    model = random_adapter(PTPModel(deepcopy(base), PTPConfig(variant=variant, window=5)), std=0.3)
+    model.survival = tuple(0.8**k for k in range(1, model.ptp_config.num_drafts + 1))
+    session = Decoder(model, RULE, budget=8, compile=True).session(num_slots)
+    write(session, base, [1, 2, 3], 30, seed=0)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        write(session, base, [1, 2, 3, 4, 5], 60, seed=1)
+        write(session, base, [4], 1, seed=2)
+        # Beside another text, where there is room for one.
+        if num_slots > 1:
+            session.enter(make_request(base, [2] * 20, 300, 3, end_token_ids=[]))
+        write(session, base, [5] * 30, 25, seed=4)
+
+
+@pytest.mark.parametrize(("variant", "num_slots"), [("categorical", 1), ("one_hot", 1), ("one_hot", 3)])
+def test_no_call_is_traced_again_whatever_the_texts(
+    monkeypatch: pytest.MonkeyPatch, tiny_llama: Callable, random_adapter: Callable, variant: str, num_slots: int
+) -> None:
+    monkeypatch.setattr(decoder_module, "compiled_layers", traced)
+    check(tiny_llama(20), random_adapter, variant, num_slots)
+
+
+@pytest.mark.slow
+def test_compiled_calls_write_the_same_text(tiny_llama: Callable, random_adapter: Callable) -> None:
+    check(tiny_llama(20), random_adapter, "one_hot", num_slots=2)
