@@ -79,7 +79,7 @@ def command(
     else:
         console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else TABLE_WIDTH)
         for table in tables(bench):
-            console.print(table)
+            console.print(table, "")
         print("\n".join(summary(bench)))
         note(f"wrote {picture}, appended to {line}")
     if bench.verdicts["mismatch"]:
@@ -93,7 +93,7 @@ def tables(bench: Bench) -> Iterator[Table]:
     from ptp.evaluation.methods import PLAIN
 
     overall = bench.results[OVERALL]
-    headings = ("tokens/s", "quartiles", "speed-up", "range", "τ", "accepted", "overhead", "ms/call")
+    headings = ("tokens/s", "spread", "speed-up", "range", "τ", "accepted", "overhead", "ms/call")
     yield _table(("method", *headings), ((name, *_cells(figures)) for name, figures in overall.items()))
     if len(bench.results) > 1:
         others = [name for name in overall if name != PLAIN]
@@ -122,7 +122,7 @@ def summary(bench: Bench) -> Iterator[str]:
 
 
 def _cells(figures: Figures) -> Iterator[str]:
-    decimals = 0 if figures.tokens_per_second >= 100 else 1
+    decimals = 0 if figures.tokens_per_second >= 10 else 1
     yield f"{figures.tokens_per_second:.{decimals}f}"
     yield _range(figures.tokens_per_second_quartiles, decimals)
     yield f"{figures.speedup:.2f}x"
@@ -141,7 +141,7 @@ def _table(headings: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="right" if number else "left", no_wrap=True)
     for row in rows:

@@ -72,7 +72,7 @@ def _speedups(results: Mapping[str, Mapping[str, Figures]], methods: Sequence[st
                 f'<line class="spread hue{number}" x1="{low:.1f}" x2="{high:.1f}" y1="{at}" y2="{at}"/>'
                 f'<circle class="dot hue{number}" cx="{x(found.speedup):.1f}" cy="{at}" r="4.5">'
                 f"<title>{escape(task)}, {name}: {found.speedup:.2f}×</title></circle>"
-                f'<text class="note" x="{end:.1f}" y="{at + 4.5}">{found.speedup:.2f}×</text>'
+                f'<text class="note value" x="{end:.1f}" y="{at + 4.5}">{found.speedup:.2f}×</text>'
             )
         y += len(methods) * _ROW + _GAP
 
@@ -114,7 +114,9 @@ _DARK_DOTS = "".join(f".dot.hue{i}{{fill:{hue.line}}}.hue{i}{{stroke:{hue.line}}
 _STYLE = (
     "text{font:13px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;fill:#1c2128}"
     ".card{fill:#fff;stroke:#d9dde3}.rule{stroke:#e6e9ed}.note{fill:#68707b}.strong{font-weight:600}"
+    # A figure that stands on a line interrupts it.
+    ".value{paint-order:stroke;stroke:#fff;stroke-width:4}"
     f".plain{{stroke:#68707b;stroke-dasharray:4 3}}.spread{{stroke-width:2}}.curve{{fill:none;stroke-width:2}}{_DOTS}"
     "@media(prefers-color-scheme:dark){text{fill:#e4e8ed}.card{fill:#12161c;stroke:#2d343d}.rule{stroke:#262c34}"
-    f".note{{fill:#8f98a4}}.plain{{stroke:#8f98a4}}{_DARK_DOTS}}}"
+    f".note{{fill:#8f98a4}}.value{{stroke:#12161c}}.plain{{stroke:#8f98a4}}{_DARK_DOTS}}}"
 )
