@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ptp.attention import context_length
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.requests import Request, make_request
-from ptp.errors import DataError
+from ptp.errors import ConfigError, DataError
 from ptp.evaluation.bench import Figures, Round, figures, take_turns
 from ptp.evaluation.experiment_report import SMALL_MODEL, decoding_threads, hardware
 from ptp.evaluation.methods import PLAIN, PTP, Method, make_methods
@@ -89,6 +89,8 @@ def bench_experiment(
     All methods but PTP run on a base model without an adapter; dtype, rule, threads and lengths are the same, and
     nothing is compiled. num_prompts: questions of each task. Raises `DataError` if no prompt leaves room for an answer.
     """
+    if prompts is None and column is not None:
+        raise ConfigError(f"--column {column} is of a file: give one with --prompts")
     plain_model = load_base_model(experiment.base_model, dtype).eval()
     model = PTPModel.from_pretrained(experiment.directory, dtype=dtype)
     num_parameters = plain_model.num_parameters()
