@@ -26,7 +26,7 @@ from transformers import (
 
 from ptp.cli import distill, generate, main, pregenerate, train
 from ptp.decoding.decoder import Decoder
-from ptp.decoding.requests import make_request
+from ptp.decoding.requests import Request, make_request
 from ptp.evaluation import experiment_bench
 from ptp.evaluation import verify as verify_module
 from ptp.evaluation.acceptance import simulated_tokens_per_call
@@ -272,9 +272,19 @@ def test_bench_prints_one_json_line_about_a_file_s_tasks(damaged: Path, root: Pa
     assert (bench["seed"], bench["dtype"], bench["sampling"]["top_k"]) == (3, "float32", 40)
 
 
-def test_bench_finds_the_tokens_per_call_that_verify_finds(damaged: Path) -> None:
+def test_bench_asks_what_verify_asks_and_finds_the_same(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[int], list[float]]] = []
+
+    def spy(model: object, request: Request, *texts: object) -> str:
+        asked.append((request.prompt_ids, request.u.tolist()))
+        return "identical"
+
+    for module in (experiment_bench, verify_module):
+        monkeypatch.setattr(module, "compare", spy)
     result = typed(main.main, "bench", damaged, "--json", *SHORT)
     verified = verify_experiment(Experiment.load(damaged), num_prompts=24, max_new_tokens=8, budget=24)
+    # Between the two prompts of each is the one that verify warms up with.
+    assert asked[:2] == asked[-2:]
     assert json.loads(result.out)["results"]["overall"]["PTP"]["tokens_per_call"] == verified.tokens_per_call
 
 
