@@ -2,29 +2,28 @@
 
     python benchmarks/budget.py experiments/demo --budgets 0 4 8 12 16 24 40
 
-For every budget: τ, the wall-clock speed-up over a bare autoregressive loop of the same model, dtype and sampling
-rule (mean over held-out prompts, median of interleaved repetitions), and the break-even, the time of a call over the
-time of one plainly decoded token: drafting pays where τ is larger. Prints a table, then one JSON line.
+For every budget: τ, the wall-clock speed-up over a bare autoregressive loop of the same model, dtype and sampling rule
+(as `ptp bench` defines it, with its quartiles over held-out prompts), and the break-even, the time of a call over the
+time of one plainly decoded token: drafting pays where τ is larger. All budgets take turns on every prompt. Prints a
+table, then one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 
-from ptp.evaluation.experiment_report import hardware, verify_experiment
-from ptp.evaluation.verify import Verification
+from ptp.decoding.decoder import Decoder
+from ptp.decoding.requests import make_request
+from ptp.evaluation.bench import OVERALL, Round, figures, take_turns
+from ptp.evaluation.experiment_bench import HELD_OUT
+from ptp.evaluation.experiment_report import SMALL_MODEL, decoding_threads, hardware
+from ptp.evaluation.methods import PLAIN, Method, by_decoder, by_plain_loop
+from ptp.evaluation.verify import compare
 from ptp.experiment import Experiment
-
-
-def break_even(verification: Verification) -> float:
-    """Median over prompts of (seconds per call) / (seconds per plainly decoded token)."""
-    ratios = []
-    for comparison in verification.comparisons:
-        plain, parallel = (statistics.median(times) for times in zip(*comparison.seconds, strict=True))
-        ratios.append((parallel / comparison.generation.num_calls) / (plain / len(comparison.plain_ids)))
-    return statistics.median(ratios)
+from ptp.model.loading import load_base_model
+from ptp.model.ptp_model import PTPModel
+from ptp.stages.train import validation_prompts
 
 
 def main() -> None:
@@ -33,34 +32,46 @@ def main() -> None:
     parser.add_argument("--budgets", type=int, nargs="+", default=[0, 4, 8, 12, 16, 24, 40])
     parser.add_argument("--num-prompts", type=int, default=24)
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     experiment = Experiment.load(arguments.directory)
+    rule = experiment.config.sampling
+    plain_model = load_base_model(experiment.base_model, arguments.dtype).eval()
+    model = PTPModel.from_pretrained(experiment.directory, dtype=arguments.dtype)
+    num_parameters = plain_model.num_parameters()
+    decoders = {b: Decoder(model, rule, b, merge=num_parameters < SMALL_MODEL) for b in arguments.budgets}
+    methods: dict[str, Method] = {str(budget): by_decoder(decoder) for budget, decoder in decoders.items()}
+    methods[PLAIN] = by_plain_loop(plain_model, rule)
+    requests = [
+        make_request(plain_model, prompt, arguments.max_new_tokens, seed=0, sequence=number)
+        for number, prompt in enumerate(validation_prompts(experiment, arguments.num_prompts))
+    ]
+    with decoding_threads(num_parameters):
+        take_turns(methods, requests[0], repetitions=1, first=0)  # unmeasured
+        rounds = [
+            Round(number, HELD_OUT, request, take_turns(methods, request, arguments.repetitions, first=number))
+            for number, request in enumerate(requests)
+        ]
+    found = figures(rounds)[OVERALL]
     rows = []
     print(f"{'budget':>6} {'tau':>6} {'speed-up':>9} {'quartiles':>13} {'break-even':>10} {'mismatches':>10}")
-    for budget in arguments.budgets:
-        verification = verify_experiment(
-            experiment,
-            num_prompts=arguments.num_prompts,
-            max_new_tokens=arguments.max_new_tokens,
-            budget=budget,
-            dtype=arguments.dtype,
-        )
-        speedups = [comparison.speedup for comparison in verification.comparisons]
-        lower, _, upper = statistics.quantiles(speedups, n=4)
+    for budget in map(str, arguments.budgets):
+        texts = [(r.request, r.trials[budget].answer.token_ids, r.trials[PLAIN].answer.token_ids) for r in rounds]
+        verdicts = [compare(plain_model, request, rule, text, plain) for request, text, plain in texts]
+        lower, upper = found[budget].speedup_quartiles
         row = {
-            "budget": budget,
-            "tokens_per_call": verification.tokens_per_call,
-            "speedup": verification.speedup,
+            "budget": int(budget),
+            "tokens_per_call": found[budget].tokens_per_call,
+            "speedup": found[budget].speedup,
             "speedup_quartiles": [lower, upper],
-            "break_even": break_even(verification),
-            "mismatches": verification.count("mismatch"),
+            "break_even": found[budget].ms_per_call / found[PLAIN].ms_per_call,
+            "mismatches": verdicts.count("mismatch"),
         }
         rows.append(row)
         print(
-            f"{budget:6d} {row['tokens_per_call']:6.2f} {row['speedup']:8.2f}x {lower:6.2f}–{upper:5.2f} "
-            f"{row['break_even']:10.2f} {row['mismatches']:10d}",
-            flush=True,
+            f"{budget:>6} {row['tokens_per_call']:6.2f} {row['speedup']:8.2f}x {lower:6.2f}–{upper:5.2f} "
+            f"{row['break_even']:10.2f} {row['mismatches']:10d}"
         )
     print(json.dumps({"hardware": hardware(), "dtype": arguments.dtype, "rows": rows}))
 

@@ -53,8 +53,9 @@ def _lines() -> Iterator[str]:
     yield ""
     yield f"<!-- Written by docs/make_cli.py with typer {typer.__version__}. Do not edit. -->"
     yield ""
-    yield "Results go to standard output; progress and notes go to standard error. Exit code 0: done. 1: `ptp verify`"
-    yield "or `ptp demo` found a text that differs from plain decoding. 2: the input was wrong, said in one line."
+    yield "Results go to standard output; progress and notes go to standard error. Exit code 0: done. 1: `ptp verify`,"
+    yield "`ptp bench` or `ptp demo` found a text that differs from plain decoding. 2: the input was wrong, said in one"
+    yield "line."
     for name in commands():
         if name in scripts() and name != "ptp":
             continue

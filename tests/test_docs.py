@@ -23,6 +23,8 @@ from ptp import PTPConfig, PTPModel
 from ptp.cli.main import app
 from ptp.data.documents import Document, save_shard
 from ptp.data.store import Provenance
+from ptp.evaluation.bench import Figures
+from ptp.evaluation.experiment_bench import Bench
 from ptp.evaluation.measurement import Measurement
 from ptp.experiment import apply_override
 from ptp.model.adapter import AdapterSettings
@@ -280,6 +282,11 @@ def documented_fields(heading: str) -> list[str]:
 
 def test_the_fields_of_generate_json_are_documented(adapter: Path) -> None:
     assert list(generate_json(adapter, "--max-new-tokens", "2")) == documented_fields("`ptp_generate --json`")
+
+
+def test_the_fields_of_a_benchmark_are_documented() -> None:
+    fields = [field.name for record in (Bench, Figures) for field in dataclasses.fields(record)]
+    assert sorted(documented_fields("`ptp bench`")) == sorted(fields)
 
 
 def test_the_fields_of_stores_and_adapters_are_documented(tmp_path: Path) -> None:

@@ -180,11 +180,16 @@ class Experiment:
             "command": sys.argv,
             "config": self.config.model_dump(mode="json"),
             "data_fingerprint": data_fingerprint,
-            "versions": {"python": platform.python_version()}
-            | {name: metadata.version(name) for name in (PACKAGE, "torch", "transformers")},
+            "versions": versions(),
             "commit": _commit(),
         }
         write_atomically(self.directory / "runs" / f"{stage}.json", json.dumps(run, indent=2).encode() + b"\n")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, this package and the libraries that numbers depend on."""
+    packages = {name: metadata.version(name) for name in (PACKAGE, "torch", "transformers")}
+    return {"python": platform.python_version()} | packages
 
 
 def _commit() -> str | None:

@@ -41,3 +41,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     """The file appears whole or not at all."""
     with appearing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file of lines, which is made if it is not there. Raises `DataError` where the disk refuses."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error}") from error

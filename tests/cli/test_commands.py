@@ -27,7 +27,8 @@ from transformers import (
 from ptp.cli import distill, generate, main, pregenerate, train
 from ptp.decoding.acceptance import simulated_tokens_per_call
 from ptp.decoding.decoder import Decoder
-from ptp.decoding.requests import make_request
+from ptp.decoding.requests import Request, make_request
+from ptp.evaluation import experiment_bench
 from ptp.evaluation import verify as verify_module
 from ptp.evaluation.experiment_report import verify_experiment
 from ptp.experiment import Experiment
@@ -109,7 +110,7 @@ assert not slow, slow
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("demo", "distill", "pregenerate", "train", "generate", "verify"):
+    for name in ("demo", "distill", "pregenerate", "train", "generate", "verify", "bench"):
         assert name in done.stdout
 
 
@@ -226,6 +227,90 @@ def test_verify_fails_on_a_mismatch(experiment: Path, monkeypatch: pytest.Monkey
     assert "mismatches        2" in result.out
 
 
+# ptp bench
+
+SHORT = ("--max-new-tokens", 8, "--repetitions", 2)
+
+
+def test_bench_shows_every_method_and_keeps_the_figures_and_the_picture(damaged: Path) -> None:
+    result = typed(main.main, "bench", damaged, *SHORT)
+    assert result.code == 0, result.err
+    for name in ("PTP", "plain loop", "generate", "prompt lookup"):
+        assert any(line.startswith(name) for line in result.out.splitlines())
+    assert "2 identical, 0 near-tie, 0 mismatch of 2 prompts" in result.out
+    assert "assisted" not in result.out
+    (line,) = (damaged / "bench.jsonl").read_text().splitlines()
+    plain = json.loads(line)["results"]["overall"]["plain loop"]
+    assert (plain["num_questions"], plain["tokens_per_call"], plain["speedup"]) == (2, 1.0, 1.0)
+    assert (damaged / "bench.svg").read_text().startswith("<svg")
+
+
+def test_bench_prints_one_json_line_about_a_file_s_tasks(damaged: Path, root: Path, tmp_path: Path) -> None:
+    rows = [
+        {"question_id": 1, "category": "rag", "turns": ["def f(x):"]},
+        {"question_id": 2, "category": "coding", "turns": ["def g(x):", "Shorter."]},
+        {"question_id": 3, "category": "rag", "turns": ["x" * 100]},
+        {"question_id": 4, "category": "stem", "turns": ["def h(x):", "x" * 100]},
+    ]
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--prompts", tmp_path / "question.jsonl", "--assistant", root / "model", "--plot", tmp_path / "p.svg")
+    for _ in range(2):
+        result = typed(main.main, "bench", damaged, "--json", "--seed", 3, *options, *SHORT)
+        assert result.code == 0, result.err
+        assert result.out.count("\n") == 1
+        # A question whose second turn is too long keeps its first.
+        assert "2 prompts left out: no room for 8 tokens" in result.err
+    assert (damaged / "bench.jsonl").read_text().splitlines()[-1] == result.out.rstrip()
+    assert len((damaged / "bench.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "p.svg").exists()
+    bench = json.loads(result.out)
+    assert list(bench["results"]) == ["overall", "rag", "multi-turn"]
+    assert all("assisted" in methods for methods in bench["results"].values())
+    assert (bench["num_prompts"], bench["num_left_out"]) == (4, 2)
+    assert bench["results"]["multi-turn"]["PTP"]["num_questions"] == 2
+    assert bench["verdicts"] == {"identical": 4, "near-tie": 0, "mismatch": 0}
+    assert (bench["seed"], bench["dtype"], bench["sampling"]["top_k"]) == (3, "float32", 40)
+
+
+def test_bench_asks_what_verify_asks_and_finds_the_same(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[list[int], list[float]]] = []
+
+    def spy(model: object, request: Request, *texts: object) -> str:
+        asked.append((request.prompt_ids, request.u.tolist()))
+        return "identical"
+
+    for module in (experiment_bench, verify_module):
+        monkeypatch.setattr(module, "compare", spy)
+    result = typed(main.main, "bench", damaged, "--json", *SHORT)
+    verified = verify_experiment(Experiment.load(damaged), num_prompts=24, max_new_tokens=8, budget=24)
+    # Between the two prompts of each is the one that verify warms up with.
+    assert asked[:2] == asked[-2:]
+    assert json.loads(result.out)["results"]["overall"]["PTP"]["tokens_per_call"] == verified.tokens_per_call
+
+
+def test_bench_fails_on_a_mismatch_but_shows_what_was_measured(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experiment_bench, "compare", lambda *_: "mismatch")
+    result = typed(main.main, "bench", damaged, *SHORT)
+    assert result.code == 1
+    assert "2 mismatch of 2 prompts" in result.out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--prompts", "nowhere.jsonl"], ["no such file", "nowhere.jsonl"]),
+        (["--max-new-tokens", 90], ["none of the 2 prompts", "90 tokens", "context of 96", "--max-new-tokens"]),
+        (["--dtype", "float8"], ["dtype must be", "got 'float8'"]),
+        (["--assistant", "./nowhere"], ["./nowhere", "no such directory"]),
+        (["--column", "text"], ["--column", "--prompts"]),
+    ],
+)
+def test_what_bench_cannot_measure_is_refused(experiment: Path, options: list[object], words: list[str]) -> None:
+    before = files(experiment)
+    check_refused(typed(main.main, "bench", experiment, *options), *words)
+    assert files(experiment) == before
+
+
 def test_as_a_program_generate_prints_the_object_alone(experiment: Path) -> None:
     result = program("ptp_generate", experiment, "--prompt", PROMPT, "--json")
     assert (result.code, result.err) == (0, "")
@@ -238,7 +323,7 @@ def test_as_a_program_a_bad_input_is_one_line(damaged: Path) -> None:
     check_refused(program("ptp_generate", damaged, "--prompt", PROMPT), str(path), "corrupt")
 
 
-@pytest.mark.parametrize("name", ["pregenerate", "train", "verify"])
+@pytest.mark.parametrize("name", ["pregenerate", "train", "verify", "bench"])
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -278,7 +363,7 @@ def test_an_unknown_setting_in_a_file_is_refused(damaged: Path) -> None:
     assert files(damaged) == before
 
 
-@pytest.mark.parametrize("name", ["pregenerate", "train", "verify", "generate"])
+@pytest.mark.parametrize("name", ["pregenerate", "train", "verify", "bench", "generate"])
 def test_a_missing_directory_is_refused_and_not_made(tmp_path: Path, name: str) -> None:
     check_refused(typed(main.main, name, tmp_path / "nowhere"), str(tmp_path / "nowhere"), "no such")
     assert not list(tmp_path.iterdir())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ptp.cli import demo, distill, generate, pregenerate, train, verify
+from ptp.cli import bench, demo, distill, generate, pregenerate, train, verify
 from ptp.cli.common import run
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ for name, module in {
     "train": train,
     "generate": generate,
     "verify": verify,
+    "bench": bench,
 }.items():
     app.command(name)(module.command)
 
