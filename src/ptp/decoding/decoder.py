@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria
+from transformers.generation import BaseStreamer
 
 from ptp.cache import RollbackCache
 from ptp.decoding.allocation import allocate
 from ptp.decoding.layout import CallLayout, call_mask, window_rows
 from ptp.decoding.requests import Request, make_request
+from ptp.decoding.verification import sampled, verify
 from ptp.errors import ConfigError
 from ptp.model.gated_lora import lora_layers
 from ptp.model.ptp_model import PTPModel, check_decodable
@@ -28,21 +31,23 @@ PREFILL_CHUNK = 512
 class Step:
     """What one call settled. token_ids: verified tokens, in order; the first num_accepted of them had been drafted.
 
-    u: their numbers. num_drafts: draft tokens the call verified.
+    u: their numbers. num_drafts: draft tokens the call verified. finish_reason: of the last call, why the text ends
+    there (see `Request.finish_reason`).
     """
 
     token_ids: list[int]
     u: list[float]
     num_accepted: int
     num_drafts: int
+    finish_reason: str | None = None
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished text: verified tokens only, cut at the first end token or at max_new_tokens.
+    """A finished text: verified tokens only, cut behind the first that ends it or at max_new_tokens.
 
     token_ids, u: the tokens and the number that chose each. steps: the calls that yielded them.
-    finish_reason: "stop" if the last token is an end token, else "length".
+    finish_reason: "stop" if the last token is an end token or a stopping criterion holds there, else "length".
     """
 
     token_ids: list[int]
@@ -51,10 +56,11 @@ class Generation:
     finish_reason: str
 
     @classmethod
-    def of(cls, steps: list[Step], request: Request) -> Generation:
-        """Collect the steps that answered a request."""
+    def of(cls, steps: list[Step]) -> Generation:
+        """Collect the steps that answered a request, all of them."""
+        reason = steps[-1].finish_reason
+        assert reason is not None, "the steps end before their text does"
         token_ids = [token for step in steps for token in step.token_ids]
-        reason = "stop" if token_ids[-1] in request.end_token_ids else "length"
         return cls(token_ids, [u for step in steps for u in step.u], steps, reason)
 
     @property
@@ -109,14 +115,41 @@ class Decoder:
         seed: int = 0,
         sequence: int = 0,
         end_token_ids: Sequence[int] | None = None,
+        min_new_tokens: int = 0,
+        processors: Sequence[LogitsProcessor] = (),
+        stopping: Sequence[StoppingCriteria] = (),
+        streamer: BaseStreamer | None = None,
     ) -> Generation:
         """Complete a prompt. Raises `DecodingError` for an empty prompt or one that leaves no room for a token.
 
         seed, sequence: name the stream of u; the same pair gives the same text whatever the budget or the adapter.
-        end_token_ids: tokens that end the text; default those of the base model's generation config.
+        end_token_ids: tokens that end the text; default those of the base model's generation config. min_new_tokens:
+        tokens before which none of them is written. processors, stopping: transformers' own, which do here what they
+        do in plain sampling (see `Request`); those of a `GenerationConfig` come from `ptp.decoding.options`.
+        streamer: see `answer`.
         """
-        request = make_request(self.model.base_model, prompt_ids, max_new_tokens, seed, sequence, end_token_ids)
-        return Generation.of(list(self.steps(request)), request)
+        base_model = self.model.base_model
+        request = make_request(
+            base_model, prompt_ids, max_new_tokens, seed, sequence, end_token_ids, min_new_tokens, processors, stopping
+        )
+        return self.answer(request, streamer)
+
+    def answer(self, request: Request, streamer: BaseStreamer | None = None) -> Generation:
+        """Decode a request to its end.
+
+        streamer: one of transformers', which gets what `model.generate` gives it: the prompt (1, n), each verified
+        token (1,) in order, and the end. What it raises ends the decoding and harms no other.
+        """
+        if streamer is None:
+            return Generation.of(list(self.steps(request)))
+        streamer.put(torch.tensor([request.prompt_ids]))
+        steps = []
+        for step in self.steps(request):
+            steps.append(step)
+            for token in step.token_ids:
+                streamer.put(torch.tensor([token]))
+        streamer.end()
+        return Generation.of(steps)
 
     @torch.inference_mode()
     def steps(self, request: Request) -> Iterator[Step]:
@@ -136,18 +169,18 @@ class Decoder:
             u = request.u[done:]
             logits = self._call(layout, pending + drafts, embedded_u[done:], cache)
 
-            true_tokens = pick(warp(logits[: len(drafts) + 1], self.rule), u[: len(drafts) + 1]).tolist()
-            num_accepted = next((i for i, draft in enumerate(drafts) if draft != true_tokens[i]), len(drafts))
-            verified = request.cut(true_tokens[: num_accepted + 1])
-            yield Step(verified, u[: len(verified)].tolist(), min(num_accepted, len(verified)), len(drafts))
+            true_tokens = sampled(logits[: len(drafts) + 1], u, tokens + drafts, self.rule, request.processors)
+            verified = verify(true_tokens, drafts, tokens, request)
+            new, accepted = verified.token_ids, verified.num_accepted
+            yield Step(new, u[: len(new)].tolist(), accepted, len(drafts), verified.finish_reason)
 
-            tokens += verified
-            if request.is_finished(tokens):
+            tokens += new
+            if verified.finish_reason is not None:
                 return
             cache.rollback(len(tokens) - 1)
             pending = tokens[-1:]
-            start, end = (row - layout.num_pending + 1 for row in layout.branch_rows(num_accepted))
-            drafts, confidences = self._draft(logits[start:end], u[num_accepted + 1 :])
+            start, end = (row - layout.num_pending + 1 for row in layout.branch_rows(accepted))
+            drafts, confidences = self._draft(logits[start:end], u[accepted + 1 :])
 
     def _prefill(self, tokens: list[int], cache: RollbackCache) -> list[int]:
         """Cache all but the last stretch of a long prompt; returns the tokens left for the first call."""
