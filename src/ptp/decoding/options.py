@@ -3,8 +3,13 @@
     GenerationConfig ─┬─ sampling_rule ──► SamplingRule    do_sample, temperature, top_k, top_p, min_p
                       └─ request_from ───► Request         lengths, end tokens, stop strings, logits processors
 
+    config = GenerationConfig(temperature=0.7, repetition_penalty=1.2, stop_strings=["\\n\\n"], max_new_tokens=64)
+    decoder = Decoder(model, sampling_rule(config, default=SamplingRule()))
+    request = request_from(config, model.base_model, decoder.rule, prompt_ids, seed=3, tokenizer=tokenizer)
+    decoder.answer(request, TextStreamer(tokenizer))
+
 A field that is not set leaves what is there: the rule that is passed, the model's end tokens. Taken over is what makes
-a token a function of the tokens before it and of its u, since such a text is the same however it was drafted.
+a token a function of the tokens before it and of its u: such a text is the same however it was drafted.
 """
 
 from __future__ import annotations

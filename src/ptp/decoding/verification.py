@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from ptp.decoding.requests import Request
+from ptp.errors import DecodingError
 from ptp.sampling import SamplingRule, pick, warp
 
 
@@ -36,15 +37,18 @@ def sampled(
 
     With processors a row is processed only when its token is asked for. Whoever stops asking behind a wrong draft or
     the text's end shows them what plain sampling does, and nothing else: so they may keep state, or fail on a text
-    that cannot be, as those of a grammar do.
+    that cannot be, as those of a grammar do. Raises `DecodingError` if they leave no token to choose.
     """
     if not processors:
         yield from pick(warp(logits, rule), u[: len(logits)]).tolist()
         return
     ids = torch.tensor(text, device=logits.device)
     first = len(text) - len(logits) + 1
-    for row, scores in enumerate(logits):
-        yield int(pick(warp(processed(scores, ids[: first + row], processors), rule), u[row]))
+    for row in range(len(logits)):
+        scores = processed(logits[row], ids[: first + row], processors)
+        if scores.isneginf().all():
+            raise DecodingError(f"the logits processors leave no token to choose behind {first + row} tokens")
+        yield int(pick(warp(scores, rule), u[row]))
 
 
 @dataclass(frozen=True)
