@@ -46,8 +46,11 @@ def sampled(
     first = len(text) - len(logits) + 1
     for row in range(len(logits)):
         scores = processed(logits[row], ids[: first + row], processors)
-        if scores.isneginf().all():
-            raise DecodingError(f"the logits processors leave no token to choose behind {first + row} tokens")
+        if not scores.max().isfinite():
+            raise DecodingError(
+                f"the logits processors leave no token to choose behind {first + row} tokens: the highest score is "
+                f"{float(scores.max())}"
+            )
         yield int(pick(warp(scores, rule), u[row]))
 
 
