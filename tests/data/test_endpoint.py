@@ -504,9 +504,10 @@ def test_a_corrupt_line_is_named(journal: Path, line: bytes) -> None:
         {"asked": [Request(0, (0, 50, 60), 17, 1000)]},
         {"asked": [Request(0, (0, 50, 60), 16, 1001)]},
         {"rule": SamplingRule(temperature=0.7, top_k=50)},
+        {"rule": SamplingRule(temperature=0.7, top_k=50, top_p=0.95, min_p=0.1)},
         {"model": "another"},
     ],
-    ids=["prompt", "length", "seed", "rule", "model"],
+    ids=["prompt", "length", "seed", "rule", "min-p", "model"],
 )
 def test_completions_of_other_requests_are_never_taken(journal: Path, change: dict[str, Any]) -> None:
     with serving(good) as server:

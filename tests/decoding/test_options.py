@@ -102,7 +102,7 @@ def generated(
 
 OPTIONS: dict[str, list[Any]] = {
     "min_new_tokens": [6, 12],
-    "min_length": [9, 16],
+    "min_length": [9, 12],
     "eos_token_id": [[1, 9, 20, 30], 7],
     "stop_strings": ["ab", ["\n\n", "é"], ["a b", "h", "→"], ["dadcee"]],
     "repetition_penalty": [1.3, 0.7],
