@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MaxLengthCriteria,
     PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     TextIteratorStreamer,
     TextStreamer,
@@ -60,15 +60,21 @@ def test_drafts_count_up_to_the_first_difference_or_the_end_of_the_text(
     assert list(asked) == true_tokens[len(found.token_ids) :], "tokens behind the end were asked for"
 
 
-def test_logits_without_processors_are_not_touched_and_with_them_not_changed() -> None:
-    logits = torch.randn(6, dtype=torch.bfloat16)
+class Forbids(LogitsProcessor):
+    """The last token, written into the scores it is given."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.index_fill_(1, input_ids[0, -1:], -torch.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_processors_get_a_float32_copy_and_where_there_are_none_nothing_is_copied(dtype: torch.dtype) -> None:
+    logits = torch.randn(6).to(dtype)
     before = logits.clone()
     assert processed(logits, torch.tensor(PROMPT), LogitsProcessorList()) is logits
-    penalised = processed(logits, torch.tensor(PROMPT), LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0)]))
-    assert penalised.dtype == torch.float32
+    scores = processed(logits, torch.tensor(PROMPT), LogitsProcessorList([Forbids()]))
+    assert torch.equal(scores, before.float().index_fill(0, torch.tensor(PROMPT[-1]), -torch.inf))
     assert torch.equal(logits, before)
-    seen = [token in PROMPT for token in range(6)]
-    assert [bool(change) for change in penalised != logits.float()] == seen
 
 
 class Repeats(StoppingCriteria):

@@ -23,7 +23,7 @@ def decode_plainly(base_model: PreTrainedModel, request: Request, rule: Sampling
     text = list(request.prompt_ids)
     for u in request.u:
         logits = base_model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        text += sampled(logits[0, -1:], u.view(1), text, rule, request.processors)
+        text.append(next(sampled(logits[0, -1:], u.view(1), text, rule, request.processors)))
         if request.finish_reason(text) is not None:
             break
         inputs = torch.tensor([text[-1:]], device=base_model.device)

@@ -28,12 +28,12 @@ def processed(logits: Tensor, ids: Tensor, processors: LogitsProcessorList) -> T
 
 
 def sampled(
-    logits: Tensor, u: Tensor, text: Sequence[int], rule: SamplingRule, processors: LogitsProcessorList
+    logits: Tensor, u: Tensor, before: Sequence[int], rule: SamplingRule, processors: LogitsProcessorList
 ) -> Iterator[int]:
     """The token that plain sampling gives at each verify row.
 
-    logits: (R, V). u: (R,) or more. text: prompt, accepted tokens and the R − 1 drafts; row r sees all but the last
-    R − 1 − r of them.
+    logits: (R, V). u: (R,) or more. before: the tokens that the last row sees, prompt included; the last R − 1 of them
+    are drafts, and each row sees one less than the next.
 
     With processors a row is processed only when its token is asked for. Whoever stops asking behind a wrong draft or
     the text's end shows them what plain sampling does, and nothing else: so they may keep state, or fail on a text
@@ -42,8 +42,8 @@ def sampled(
     if not processors:
         yield from pick(warp(logits, rule), u[: len(logits)]).tolist()
         return
-    ids = torch.tensor(text, device=logits.device)
-    first = len(text) - len(logits) + 1
+    ids = torch.tensor(before, device=logits.device)
+    first = len(before) - len(logits) + 1
     for row in range(len(logits)):
         scores = processed(logits[row], ids[: first + row], processors)
         if not scores.max().isfinite():
