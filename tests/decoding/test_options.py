@@ -164,6 +164,16 @@ def test_options_together_write_the_text_that_generate_writes_with_the_same_numb
     compare_with_transformers(model, base, tokenizer, options, rng)
 
 
+def test_behind_a_prompt_of_one_token_the_beginning_is_forced_first_and_then_suppressed(base: PreTrainedModel) -> None:
+    config = GenerationConfig(
+        forced_bos_token_id=6, begin_suppress_tokens=list(range(2, 30)), max_new_tokens=8, do_sample=False
+    )
+    request = request_from(config, base, SamplingRule(temperature=0), [9])
+    written = decode_plainly(base, request, SamplingRule(temperature=0))
+    assert written == generated(base, config, request.u, [9])
+    assert written[0] == 6
+
+
 @pytest.mark.parametrize("name", sorted(OPTIONS.keys() - {"remove_invalid_values", "renormalize_logits"}))
 def test_every_option_that_is_tested_changes_some_text(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, name: str
