@@ -17,7 +17,7 @@ from ptp.decoding.decoder import Decoder
 from ptp.decoding.requests import make_request
 from ptp.evaluation.bench import OVERALL, Round, figures, take_turns
 from ptp.evaluation.experiment_bench import HELD_OUT
-from ptp.evaluation.experiment_report import SMALL_MODEL, decoding_threads, hardware
+from ptp.evaluation.experiment_report import decoding_threads, hardware
 from ptp.evaluation.methods import PLAIN, Method, by_decoder, by_plain_loop
 from ptp.evaluation.verify import compare
 from ptp.experiment import Experiment
@@ -40,7 +40,7 @@ def main() -> None:
     plain_model = load_base_model(experiment.base_model, arguments.dtype).eval()
     model = PTPModel.from_pretrained(experiment.directory, dtype=arguments.dtype)
     num_parameters = plain_model.num_parameters()
-    decoders = {b: Decoder(model, rule, b, merge=num_parameters < SMALL_MODEL) for b in arguments.budgets}
+    decoders = {b: Decoder(model, rule, b) for b in arguments.budgets}
     methods: dict[str, Method] = {str(budget): by_decoder(decoder) for budget, decoder in decoders.items()}
     methods[PLAIN] = by_plain_loop(plain_model, rule)
     requests = [

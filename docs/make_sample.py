@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ptp import Decoder, Generation, PTPModel
+from ptp import Decoder, PTPModel
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import make_request
 from ptp.evaluation.report import Sample, coloured_svg, pieces
@@ -29,7 +29,7 @@ def main() -> None:
     model = PTPModel.from_pretrained(arguments.directory)
     decoder = Decoder(model, budget=arguments.budget)
     request = make_request(model.base_model, prompt, max_new_tokens=128, seed=0, sequence=arguments.prompt_number)
-    generation = Generation.of(list(decoder.steps(request)), request)
+    generation = decoder.answer(request)
     sample = Sample(
         prompt=tokenizer.decode(prompt, skip_special_tokens=True),
         pieces=pieces(generation, lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))),

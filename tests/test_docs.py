@@ -261,7 +261,14 @@ def run_check(adapter: Path, record: dict[str, Any], tmp_path: Path, monkeypatch
     return int(left.value.code)
 
 
-@pytest.mark.parametrize("sampling", [["--temperature", "0.7", "--top-k", "20", "--top-p", "0.9"], []])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        ["--temperature", "0.7", "--top-k", "20", "--top-p", "0.9"],
+        ["--min-p", "0.2", "--repetition-penalty", "1.4", "--min-new-tokens", "24"],
+        [],
+    ],
+)
 def test_a_stranger_s_check_finds_every_u_in_its_interval(
     adapter: Path, sampling: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

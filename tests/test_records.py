@@ -25,7 +25,7 @@ def message(record: type[Record], values: dict) -> str:
         (
             SamplingRule,
             {"xyz": 1},
-            "unknown key 'xyz' in SamplingRule; known keys: temperature, top_k, top_p, order",
+            "unknown key 'xyz' in SamplingRule; known keys: temperature, top_k, top_p, min_p, order",
         ),
         (
             Experiment,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ptp.errors import ConfigError
 from ptp.sampling import (
@@ -52,6 +52,7 @@ def logits_and_rule(draw: st.DrawFn) -> tuple[Tensor, SamplingRule]:
         temperature=draw(st.one_of(st.just(0.0), st.floats(0.1, 3.0))),
         top_k=draw(st.one_of(st.just(0), st.integers(1, size + 5))),
         top_p=draw(st.one_of(st.just(1.0), st.floats(0.01, 1.0), st.sampled_from([1e-9, 0.25, 0.5, 0.75]))),
+        min_p=draw(st.one_of(st.just(0.0), st.floats(0.0, 1.0), st.sampled_from([1e-9, 0.05, 1.0]))),
         order=order,
     )
     return values, rule
@@ -67,6 +68,8 @@ def as_transformers_warps(values: Tensor, rule: SamplingRule) -> Tensor:
         # Their sort leaves the order of ties open; stable is one of the outcomes it allows.
         with mock.patch("torch.sort", partial(torch.sort, stable=True)):
             scores = TopPLogitsWarper(rule.top_p)(None, scores)
+    if rule.min_p:
+        scores = MinPLogitsWarper(rule.min_p)(None, scores)
     return scores.softmax(-1)
 
 
@@ -87,6 +90,9 @@ def every_interval(values: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor, 
         ({"top_k": -1}, "top_k must be 0 (off) or a positive count of tokens; got -1"),
         ({"top_p": 0.0}, "top_p must lie in (0, 1]; got 0.0"),
         ({"top_p": 1.3}, "top_p must lie in (0, 1]; got 1.3"),
+        ({"min_p": -0.1}, "min_p must lie in [0, 1]; got -0.1"),
+        ({"min_p": 1.5}, "min_p must lie in [0, 1]; got 1.5"),
+        ({"min_p": float("nan")}, "min_p must lie in [0, 1]; got nan"),
         ({"order": "random"}, "order must be 'vocabulary', 'probability' or a permutation; got 'random'"),
         ({"order": (0, 2)}, "order must hold each of 0 … 1 once; got 2 other numbers"),
     ],
@@ -98,8 +104,23 @@ def test_a_setting_out_of_range_is_one_clear_line(setting: dict, message: str) -
 
 
 def test_a_rule_survives_json() -> None:
-    rule = SamplingRule(temperature=0.7, top_k=50, top_p=0.95, order=(2, 0, 1))
+    rule = SamplingRule(temperature=0.7, top_k=50, top_p=0.95, min_p=0.1, order=(2, 0, 1))
     assert SamplingRule(**rule.model_dump(mode="json")) == rule
+
+
+def test_a_rule_stored_before_there_was_min_p_is_one_without() -> None:
+    rule = SamplingRule(temperature=0.7, top_k=50, top_p=0.95)
+    stored = {key: value for key, value in rule.model_dump(mode="json").items() if key != "min_p"}
+    assert SamplingRule(**stored) == rule
+    assert rule.min_p == 0
+
+
+@pytest.mark.parametrize("setting", [{"temperature": 0}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_only_a_rule_that_truncates_nothing_gives_every_token_an_interval(setting: dict) -> None:
+    assert SamplingRule().gives_all_tokens
+    assert not SamplingRule(**setting).gives_all_tokens
+    (name, value), *_ = setting.items()
+    assert f"{name.replace('_', '-')} {value}" in str(SamplingRule(**setting))
 
 
 @given(logits_and_rule())

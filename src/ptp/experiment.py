@@ -79,7 +79,7 @@ class ExperimentConfig(Record):
         if not self.sampling.gives_all_tokens:
             raise ValueError(
                 "train.objective inverse_autoregressive needs an interval for every token: set sampling.top_k to 0, "
-                f"sampling.top_p to 1 and sampling.temperature above 0; got {self.sampling}"
+                f"sampling.top_p to 1, sampling.min_p to 0 and sampling.temperature above 0; got {self.sampling}"
             )
         return self
 

@@ -28,10 +28,11 @@ MIN_TEMPERATURE = 1e-4
 
 
 class SamplingRule(Record):
-    """How logits become a token: temperature, then top-k, then top-p, with the meaning transformers gives them.
+    """How logits become a token: temperature, top-k, top-p, then min-p, with the meaning transformers gives them.
 
     Each warper acts on what the one before it left; `top_p` on the renormalised mass, keeping the token that
-    crosses the threshold. `temperature=0` is greedy. `top_k=0` and `top_p=1` switch a warper off.
+    crosses the threshold; `min_p` drops what is less likely than that share of the likeliest token. `temperature=0` is
+    greedy. `top_k=0`, `top_p=1` and `min_p=0` switch a warper off.
 
     `order` is the order in which probability is summed into the cumulative distribution that u indexes:
     "vocabulary" (by token id), "probability" (most likely first, ties by id) or a permutation of the vocabulary.
@@ -43,6 +44,7 @@ class SamplingRule(Record):
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     order: Order = "vocabulary"
 
     @field_validator("temperature")
@@ -66,6 +68,13 @@ class SamplingRule(Record):
             raise ValueError(f"top_p must lie in (0, 1]; got {value}")
         return value
 
+    @field_validator("min_p")
+    @classmethod
+    def _min_p(cls, value: float) -> float:
+        if not 0 <= value <= 1:
+            raise ValueError(f"min_p must lie in [0, 1]; got {value}")
+        return value
+
     @field_validator("order")
     @classmethod
     def _order(cls, value: Order) -> Order:
@@ -81,11 +90,12 @@ class SamplingRule(Record):
     @property
     def gives_all_tokens(self) -> bool:
         """Whether every token has an interval, whatever the logits."""
-        return self.temperature > 0 and self.top_k == 0 and self.top_p == 1
+        return self.temperature > 0 and self.top_k == 0 and self.top_p == 1 and self.min_p == 0
 
     def __str__(self) -> str:
         order = self.order if isinstance(self.order, str) else "permutation"
-        return f"temperature {self.temperature:g}, top-k {self.top_k}, top-p {self.top_p:g}, {order} order"
+        warpers = f"temperature {self.temperature:g}, top-k {self.top_k}, top-p {self.top_p:g}, min-p {self.min_p:g}"
+        return f"{warpers}, {order} order"
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,11 @@ def warp(logits: Tensor, rule: SamplingRule) -> Distribution:
         drop = (weights / weights.cumsum(-1)[..., -1:]).cumsum(-1) <= 1 - rule.top_p
         drop[..., -1] = False
         scores = scores.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), -torch.inf)
-    weights, token_ids = _in_order(_weights(scores), token_ids, rule.order)
+    weights = _weights(scores)
+    if rule.min_p > 0:
+        # The likeliest token weighs 1.
+        weights = weights.masked_fill(weights < rule.min_p, 0)
+    weights, token_ids = _in_order(weights, token_ids, rule.order)
     upper = weights.cumsum(-1)
     # Dividing by the total makes the last edge exactly 1, so every u < 1 falls into some interval.
     return Distribution(token_ids, weights / upper[..., -1:], upper / upper[..., -1:])

@@ -1,5 +1,6 @@
 """The commands as they are typed: in this process where that is enough, as programs where it is not."""
 
+import io
 import json
 import re
 import resource
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -48,6 +51,7 @@ KEYS = {
     "num_accepted_tokens",
     "tokens_per_call",
     "sampling",
+    "options",
     "seed",
     "base_model",
     "dtype",
@@ -139,7 +143,8 @@ def test_options_and_settings_reach_the_experiment_s_files(experiment: Path, roo
 def test_generate_prints_one_json_object_with_every_field(experiment: Path) -> None:
     record = generated(experiment, "--seed", 3, "--max-new-tokens", 20)
     assert set(record) == KEYS
-    assert record["sampling"] == {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "order": "vocabulary"}
+    assert record["sampling"] == {"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0, "order": "vocabulary"}
+    assert record["options"] == {"min_new_tokens": 0, "repetition_penalty": 1, "stop_strings": []}
     assert (record["seed"], record["dtype"]) == (3, "float32")
     assert 0 < len(record["token_ids"]) == len(record["u"]) <= 20
     assert record["tokens_per_call"] == len(record["token_ids"]) / record["num_calls"]
@@ -182,6 +187,44 @@ def test_plain_transformers_finds_every_u_in_its_token_s_interval(
             lower = upper[token - 1] if token else 0.0
             assert lower < upper[token]
             assert lower - 1e-6 <= u < upper[token] + 1e-6
+
+
+def test_a_text_ends_with_the_token_that_completes_one_of_several_stop_strings(experiment: Path, root: Path) -> None:
+    whole = generated(experiment, "--max-new-tokens", 40, "--min-new-tokens", 40)
+    assert len(whole["token_ids"]) == 40
+    assert whole["finish_reason"] == "length"
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    texts = [tokenizer.decode(whole["token_ids"][:length]) for length in range(41)]
+    # From the midst of what is written, and without parts of letters.
+    stop = next(text for text in (whole["text"][place : place + 2] for place in range(12, 40)) if text.isascii())
+    cut = generated(experiment, "--max-new-tokens", 40, "--min-new-tokens", 40, "--stop", "no such", "--stop", stop)
+    length = next(length for length, text in enumerate(texts) if stop in text)
+    assert cut["token_ids"] == whole["token_ids"][:length]
+    assert cut["finish_reason"] == "stop"
+    assert cut["options"] == {"min_new_tokens": 40, "repetition_penalty": 1, "stop_strings": ["no such", stop]}
+
+
+def test_a_terminal_shows_the_verified_text_as_it_comes_and_the_same_text(
+    experiment: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        writes: ClassVar[list[str]] = []
+
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> int:
+            self.writes.append(text)
+            return super().write(text)
+
+    settings = ["--max-new-tokens", 60, "--min-new-tokens", 60]
+    texts = (generated(experiment, *settings, "--seed", seed)["text"] for seed in range(9))
+    seed, expected = next((seed, text) for seed, text in enumerate(texts) if len(text.split()) > 3)
+    monkeypatch.setattr("command_line.io", SimpleNamespace(StringIO=Terminal))
+    result = typed(generate.main, experiment, "--prompt", PROMPT, *settings, "--seed", seed)
+    assert result.code == 0, result.err
+    assert result.out == f"{expected}\n"
+    assert sum(bool(text.strip()) and text in expected for text in Terminal.writes) > 1
 
 
 def test_the_budget_changes_the_calls_not_the_text(experiment: Path) -> None:
@@ -376,12 +419,28 @@ def test_a_missing_directory_is_refused_and_not_made(tmp_path: Path, name: str) 
         (["--prompt", ""], ["prompt"]),
         ([], ["prompt"]),
         (["--prompt", "x", "--top-p", 1.3], ["top_p must lie in (0, 1]; got 1.3"]),
+        (["--prompt", "x", "--min-p", 1.3], ["min_p must lie in [0, 1]; got 1.3"]),
+        (["--prompt", "x", "--min-new-tokens", 200], ["min_new_tokens must lie in [0, max_new_tokens = 128]; got 200"]),
+        (["--prompt", "x", "--repetition-penalty", 0], ["has to be a strictly positive float, but is 0.0"]),
+        (["--prompt", "x", "--stop", ""], ["a stop string is empty"]),
         (["--prompt", "x", "--temperature", -1], ["temperature must be 0 (greedy) or a number from", "got -1"]),
         (["--prompt", "x", "--top-k", -2], ["top_k must be 0 (off) or a positive count", "got -2"]),
         (["--prompt", "x", "--max-new-tokens", 0], ["max_new_tokens must be at least 1; got 0"]),
         (["--prompt", "x", "--dtype", "float8"], ["dtype must be auto", "got 'float8'"]),
     ],
-    ids=["too long", "empty", "empty standard input", "top-p", "temperature", "top-k", "no tokens", "dtype"],
+    ids=[
+        *(
+            "too long",
+            "empty",
+            "empty standard input",
+            "top-p",
+            "min-p",
+            "too few tokens",
+            "penalty",
+            "empty stop string",
+        ),
+        *("temperature", "top-k", "no tokens", "dtype"),
+    ],
 )
 def test_a_request_that_cannot_be_served_is_refused(
     experiment: Path, arguments: list[object], words: list[str]

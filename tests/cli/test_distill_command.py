@@ -66,7 +66,7 @@ def test_every_flag_lands_in_the_settings(root: Path, tmp_path: Path) -> None:
         "tools": None,
         "chat_template": "chat_template.jinja",
     }
-    assert found["sampling"] == {"temperature": 0.5, "top_k": 7, "top_p": 0.8, "order": "vocabulary"}
+    assert found["sampling"] == {"temperature": 0.5, "top_k": 7, "top_p": 0.8, "min_p": 0, "order": "vocabulary"}
     assert (found["model"]["window"], found["model"]["lora_rank"], found["model"]["lora_alpha"]) == (8, 6, 6)
     assert found["train"]["windows_per_sequence"] == 5
     assert found["train"]["sequence_length"] == found["pregenerate"]["max_length"] == 90

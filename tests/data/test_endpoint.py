@@ -276,6 +276,22 @@ def test_a_long_page_in_place_of_words_is_cut(journal: Path) -> None:
         assert len(error_of(server, journal)) < 600
 
 
+def test_min_p_reaches_the_server_as_a_setting_it_must_know(journal: Path) -> None:
+    rule = SamplingRule(min_p=0.1)
+
+    def without_min_p(body: dict[str, Any], before: int) -> Reply:
+        return Reply({"error": {"message": "unknown: min_p"}}, status=400) if "min_p" in body else good(body)
+
+    with serving(good) as server:
+        ask(server, journal, 1, rule=rule)
+    assert server.bodies[0]["min_p"] == 0.1
+    journal.unlink()
+    with serving(without_min_p) as server, pytest.raises(DataError, match="unknown: min_p"):
+        ask(server, journal, 1, rule=rule)
+    with serving(without_min_p) as server:
+        assert ask(server, journal, 1).answers == expected(1)
+
+
 @pytest.mark.parametrize("status", [400, 422])
 def test_a_strict_server_is_asked_without_the_settings_it_does_not_know(journal: Path, status: int) -> None:
     known = {"model", "prompt", "max_tokens", "temperature", "top_p", "top_k", "seed"}
@@ -488,9 +504,10 @@ def test_a_corrupt_line_is_named(journal: Path, line: bytes) -> None:
         {"asked": [Request(0, (0, 50, 60), 17, 1000)]},
         {"asked": [Request(0, (0, 50, 60), 16, 1001)]},
         {"rule": SamplingRule(temperature=0.7, top_k=50)},
+        {"rule": SamplingRule(temperature=0.7, top_k=50, top_p=0.95, min_p=0.1)},
         {"model": "another"},
     ],
-    ids=["prompt", "length", "seed", "rule", "model"],
+    ids=["prompt", "length", "seed", "rule", "min-p", "model"],
 )
 def test_completions_of_other_requests_are_never_taken(journal: Path, change: dict[str, Any]) -> None:
     with serving(good) as server:

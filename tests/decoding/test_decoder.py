@@ -12,7 +12,7 @@ from ptp.config import PTPConfig
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.layout import RowLayout
 from ptp.decoding.requests import make_request
-from ptp.decoding.session import Session, Text, Verified
+from ptp.decoding.session import Outcome, Session, Text
 from ptp.errors import DecodingError
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
@@ -31,16 +31,15 @@ class OracleSession(Session):
     truth: list[int]
     wrong: float
 
-    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> Verified:
-        found = super()._call(texts, layouts)
-        for row, (text, layout) in enumerate(zip(texts, layouts, strict=True)):
-            begin = text.num_written + found.num_accepted[row] + 1
-            width = layout.widths[found.num_accepted[row]] - self.model.ptp_config.lead
-            drafts = self.truth[begin : begin + max(0, width)]
-            flips = [self.rng.random() < self.wrong for _ in drafts]
-            found.drafts[row] = [(token + flip) % 40 for token, flip in zip(drafts, flips, strict=True)]
-            found.confidences[row] = [1 - self.wrong / 2 for _ in drafts]
-        return found
+    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> list[Outcome]:
+        outcomes = []
+        for text, layout, outcome in zip(texts, layouts, super()._call(texts, layouts), strict=True):
+            accepted = outcome.verified.num_accepted
+            begin = text.num_written + accepted + 1
+            drafts = self.truth[begin : begin + max(0, layout.widths[accepted] - self.model.ptp_config.lead)]
+            drafts = [(token + (self.rng.random() < self.wrong)) % 40 for token in drafts]
+            outcomes.append(Outcome(outcome.verified, drafts, [1 - self.wrong / 2] * len(drafts)))
+        return outcomes
 
 
 class OracleDecoder(Decoder):
@@ -123,11 +122,11 @@ def test_a_text_is_cut_at_an_end_token_in_the_midst_of_right_drafts(model: PTPMo
 class SpySession(OracleSession):
     """Keeps the logits of every branch that came true with the number of its bonus token."""
 
-    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> Verified:
-        found = super()._call(texts, layouts)
-        if found.drafts[0]:
-            self.seen.append((self.logits[0], texts[0].num_written + found.num_accepted[0]))
-        return found
+    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> list[Outcome]:
+        outcomes = super()._call(texts, layouts)
+        if outcomes[0].drafts:
+            self.seen.append((self.logits[0], texts[0].num_written + outcomes[0].verified.num_accepted))
+        return outcomes
 
     def _draft(self, logits: Tensor, u: Tensor) -> list[Tensor]:
         self.logits = logits.clone()

@@ -73,7 +73,7 @@ def test_texts_come_and_go_at_any_time(decoder: Decoder, base: PreTrainedModel) 
         expected = alone(base, text.request)
         written = text.tokens[len(text.request.prompt_ids) :]
         assert written == expected[: len(written)]
-        assert text.is_finished == (written == expected)
+        assert (text.request.finish_reason(text.tokens) is not None) == (written == expected)
 
 
 def test_a_full_session_turns_another_text_away_and_keeps_those_it_has(decoder: Decoder, base: PreTrainedModel) -> None:

@@ -293,6 +293,17 @@ def test_with_less_memory_training_goes_on_as_it_would_have(
             assert (weights[key] - expected[key]).norm() <= 1e-3 * (expected[key] - start).norm(), key
 
 
+def test_training_goes_on_from_checkpoints_made_before_a_rule_had_min_p(sampled: Experiment) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(sampled, [Kill(3)])
+    kept = sampled.checkpoints / "settings.json"
+    settings = json.loads(kept.read_text())
+    assert settings.pop("sampling.min_p") == 0
+    kept.write_text(json.dumps(settings))
+    train(sampled)
+    assert has_adapter(sampled)
+
+
 def test_a_training_may_be_made_longer(sampled: Experiment) -> None:
     with pytest.raises(KeyboardInterrupt):
         train(sampled, [Kill(3)])

@@ -20,15 +20,26 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Names the stream of u: same seed, same text.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 128,
+    min_new_tokens: Annotated[int, typer.Option(help="Tokens before which no end token is written.")] = 0,
+    stop: Annotated[
+        Optional[list[str]], typer.Option(help="End with the token that completes this text; may be repeated.")
+    ] = None,
     budget: Annotated[int, typer.Option(min=0, help="Positions a call may spend on drafts; 0 decodes plainly.")] = 24,
     temperature: Annotated[Optional[float], typer.Option(help="Instead of the adapter's own.")] = None,
     top_k: Annotated[Optional[int], typer.Option(help="Instead of the adapter's own.")] = None,
     top_p: Annotated[Optional[float], typer.Option(help="Instead of the adapter's own.")] = None,
+    min_p: Annotated[Optional[float], typer.Option(help="Instead of the adapter's own.")] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that are there already, prompt included, are less likely.")
+    ] = 1.0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with tokens, u and counts.")] = False,
 ) -> None:
-    """Complete a prompt; only verified text is printed."""
+    """Complete a prompt; only verified text is printed, on a terminal as it comes."""
+    from transformers import GenerationConfig, TextStreamer
+
     from ptp.decoding.decoder import Decoder
+    from ptp.decoding.options import request_from
     from ptp.model.adapter import find_adapter, read_settings, resolve_base_model
     from ptp.model.loading import load_tokenizer
     from ptp.model.ptp_model import PTPModel
@@ -37,8 +48,9 @@ def command(
     adapter = find_adapter(directory)
     settings = read_settings(adapter)
     trained_rule = settings.rule or SamplingRule()
-    changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     rule = SamplingRule(**{**trained_rule.model_dump(), **{k: v for k, v in changes.items() if v is not None}})
+    options = {"min_new_tokens": min_new_tokens, "repetition_penalty": repetition_penalty, "stop_strings": stop or []}
     if prompt is None:
         if sys.stdin.isatty():
             raise DecodingError("no prompt: give --prompt TEXT, or a text on standard input")
@@ -49,10 +61,17 @@ def command(
     tokenizer = load_tokenizer(base_model)
     model = PTPModel.from_pretrained(adapter, dtype=dtype)
     prompt_ids = tokenizer(prompt)["input_ids"]
-    out = Decoder(model, rule, budget).generate(prompt_ids, max_new_tokens, seed)
+    config = GenerationConfig(**options)
+    # Not among them: a configuration refuses a length in words of its own.
+    config.max_new_tokens = max_new_tokens
+    request = request_from(config, model.base_model, rule, prompt_ids, seed=seed, tokenizer=tokenizer)
+    streams = sys.stdout.isatty() and not as_json
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
+    out = Decoder(model, rule, budget).answer(request, streamer)
     text = tokenizer.decode(out.token_ids, skip_special_tokens=True)
     if not as_json:
-        print(text)
+        if not streams:
+            print(text)
         console.print(
             f"{len(out.token_ids)} tokens, {out.num_calls} calls, {out.tokens_per_call:.2f} tokens per call",
             style="dim",
@@ -68,6 +87,7 @@ def command(
         "num_accepted_tokens": out.num_accepted_tokens,
         "tokens_per_call": out.tokens_per_call,
         "sampling": rule.model_dump(mode="json"),
+        "options": options,
         "seed": seed,
         "base_model": base_model,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -87,8 +87,8 @@ def complete(
 ) -> Outcome:
     """Ask the endpoint for every completion that `journal` does not hold yet.
 
-    The server samples by temperature, top-k and top-p of the rule; intervals are not known. A server that ignores
-    one of them without a word cannot be told from one that obeys.
+    The server samples by temperature, top-k, top-p and min-p of the rule; intervals are not known. A server that
+    ignores one of them without a word cannot be told from one that obeys.
 
     Raises `ConfigError` if the openai package is missing; `DataError` if the endpoint refuses a request or stays
     unreachable, or the journal is corrupt, full or of other requests. Answers that came are kept.
@@ -227,13 +227,13 @@ class _Server:
             # Requests beyond the client's pool of connections wait in it for as long as the others take.
             timeout=openai.Timeout(endpoint.timeout, connect=min(endpoint.timeout, CONNECT_TIMEOUT), pool=None),
         )
-        # top-k is part of the rule where it is on. The rest could be done without: servers may otherwise take
-        # penalties and truncations from the model's generation_config; ids and special tokens make answers exact.
-        self.required: dict[str, object] = {"top_k": rule.top_k} if rule.top_k else {}
+        # top-k and min-p are part of the rule where they are on. The rest could be done without: servers may otherwise
+        # take penalties and truncations from the model's generation_config; ids and special tokens make answers exact.
+        # vLLM and SGLang both switch top-k off by −1; older ones refuse 0.
+        warpers: dict[str, object] = {"top_k": rule.top_k or -1, "min_p": rule.min_p}
+        self.required = {name: value for name, value in warpers.items() if getattr(rule, name)}
         self.optional: dict[str, object] = {
-            # vLLM and SGLang both switch top-k off by −1; older ones refuse 0.
-            **({} if rule.top_k else {"top_k": -1}),
-            "min_p": 0.0,
+            **{name: value for name, value in warpers.items() if name not in self.required},
             "repetition_penalty": 1.0,
             "return_token_ids": True,
             "skip_special_tokens": False,
@@ -360,6 +360,8 @@ class _Entry(BaseModel):
 def _key(endpoint: Endpoint, rule: SamplingRule, request: Request) -> str:
     """Hash of all that a completion depends on."""
     sampling = [rule.temperature, rule.top_k, rule.top_p, request.seed]
+    # Journals begun before there was min-p hold keys without it.
+    sampling += [rule.min_p] if rule.min_p else []
     asked = [endpoint.model, sampling, request.prompt_ids, request.max_new_tokens]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
 

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers.generation import BaseStreamer
 
 from ptp.attention import context_length
 from ptp.decoding.allocation import Profile
@@ -35,10 +36,10 @@ MOST_POSITIONS = 64
 
 @dataclass(frozen=True)
 class Generation:
-    """A finished text: verified tokens only, cut at the first end token or at max_new_tokens.
+    """A finished text: verified tokens only, cut behind the first that ends it or at max_new_tokens.
 
     token_ids, u: the tokens and the number that chose each. steps: the calls that yielded them.
-    finish_reason: "stop" if the last token is an end token, else "length".
+    finish_reason: "stop" if the last token is an end token or a stopping criterion holds there, else "length".
     """
 
     token_ids: list[int]
@@ -47,10 +48,11 @@ class Generation:
     finish_reason: str
 
     @classmethod
-    def of(cls, steps: list[Step], request: Request) -> Generation:
-        """Collect the steps that answered a request."""
+    def of(cls, steps: list[Step]) -> Generation:
+        """Collect the steps that answered a request, all of them."""
+        reason = steps[-1].finish_reason
+        assert reason is not None, "the steps end before their text does"
         token_ids = [token for step in steps for token in step.token_ids]
-        reason = "stop" if token_ids[-1] in request.end_token_ids else "length"
         return cls(token_ids, [u for step in steps for u in step.u], steps, reason)
 
     @property
@@ -110,14 +112,41 @@ class Decoder:
         seed: int = 0,
         sequence: int = 0,
         end_token_ids: Sequence[int] | None = None,
+        min_new_tokens: int = 0,
+        processors: Sequence[LogitsProcessor] = (),
+        stopping: Sequence[StoppingCriteria] = (),
+        streamer: BaseStreamer | None = None,
     ) -> Generation:
         """Complete a prompt. Raises `DecodingError` for an empty prompt or one that leaves no room for a token.
 
         seed, sequence: name the stream of u; the same pair gives the same text whatever the budget or the adapter.
-        end_token_ids: tokens that end the text; default those of the base model's generation config.
+        end_token_ids: tokens that end the text; default those of the base model's generation config. min_new_tokens:
+        tokens before which none of them is written. processors, stopping: transformers' own, which do here what they
+        do in plain sampling (see `Request`); those of a `GenerationConfig` come from `ptp.decoding.options`.
+        streamer: see `answer`.
         """
-        request = make_request(self.model.base_model, prompt_ids, max_new_tokens, seed, sequence, end_token_ids)
-        return Generation.of(list(self.steps(request)), request)
+        base_model = self.model.base_model
+        request = make_request(
+            base_model, prompt_ids, max_new_tokens, seed, sequence, end_token_ids, min_new_tokens, processors, stopping
+        )
+        return self.answer(request, streamer)
+
+    def answer(self, request: Request, streamer: BaseStreamer | None = None) -> Generation:
+        """Decode a request to its end.
+
+        streamer: one of transformers', which gets what `model.generate` gives it: the prompt (1, n), each verified
+        token (1,) in order, and the end. What it raises ends the decoding and harms no other.
+        """
+        if streamer is None:
+            return Generation.of(list(self.steps(request)))
+        streamer.put(torch.tensor([request.prompt_ids]))
+        steps = []
+        for step in self.steps(request):
+            steps.append(step)
+            for token in step.token_ids:
+                streamer.put(torch.tensor([token]))
+        streamer.end()
+        return Generation.of(steps)
 
     def generate_batch(
         self,
@@ -138,7 +167,7 @@ class Decoder:
         steps: list[list[Step]] = [[] for _ in requests]
         for number, step in self.steps_of(requests, batch_size):
             steps[number].append(step)
-        return [Generation.of(*pair) for pair in zip(steps, requests, strict=True)]
+        return [Generation.of(each) for each in steps]
 
     def steps(self, request: Request) -> Iterator[Step]:
         """What each call settles of one request."""

@@ -7,24 +7,24 @@ from transformers import PreTrainedModel
 
 from ptp.cache import RollbackCache
 from ptp.decoding.requests import Request
-from ptp.sampling import SamplingRule, pick, warp
+from ptp.decoding.verification import sampled
+from ptp.sampling import SamplingRule
 
 
 @torch.inference_mode()
 def decode_plainly(base_model: PreTrainedModel, request: Request, rule: SamplingRule) -> list[int]:
-    """Sample the base model one token per call with the request's u: the bare autoregressive loop.
+    """Sample the base model one token per call with the request's u and options: the bare autoregressive loop.
 
     It shares the cache and the sampling with the decoder, none of its layout, masks, drafts or bookkeeping.
     """
     num_layers = base_model.config.get_text_config().num_hidden_layers
     cache = RollbackCache(num_layers, len(request.prompt_ids) + request.max_new_tokens)
     inputs = torch.tensor([request.prompt_ids], device=base_model.device)
-    tokens: list[int] = []
+    text = list(request.prompt_ids)
     for u in request.u:
         logits = base_model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        token = pick(warp(logits[0, -1], rule), u)
-        tokens.append(int(token))
-        if tokens[-1] in request.end_token_ids:
+        text.append(next(sampled(logits[0, -1:], u.view(1), text, rule, request.processors)))
+        if request.finish_reason(text) is not None:
             break
-        inputs = token.view(1, 1)
-    return tokens
+        inputs = torch.tensor([text[-1:]], device=base_model.device)
+    return text[len(request.prompt_ids) :]

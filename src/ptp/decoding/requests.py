@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from ptp.attention import context_length
 from ptp.errors import DecodingError
@@ -19,12 +26,18 @@ from ptp.sampling import uniform
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to complete. u: (max_new_tokens,) float32, the numbers of the tokens to come, in order."""
+    """One prompt to complete. u: (max_new_tokens,) float32, the numbers of the tokens to come, in order.
+
+    processors: change each token's logits before the sampling rule does, as in transformers. stopping: transformers'
+    criteria, asked after each token with all tokens so far; there are no scores for them.
+    """
 
     prompt_ids: list[int]
     max_new_tokens: int
     end_token_ids: frozenset[int]
     u: Tensor
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    stopping: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
 
     @cached_property
     def u_values(self) -> list[float]:
@@ -35,14 +48,17 @@ class Request:
         """Tokens still to be written, given all tokens so far."""
         return self.max_new_tokens - (len(tokens) - len(self.prompt_ids))
 
-    def is_finished(self, tokens: Sequence[int]) -> bool:
-        """Whether the text has ended, given all tokens so far."""
-        return tokens[-1] in self.end_token_ids or self.num_remaining(tokens) == 0
+    def finish_reason(self, tokens: Sequence[int]) -> str | None:
+        """Why the text ends with the last of all tokens so far; None if it goes on.
 
-    def cut(self, tokens: list[int]) -> list[int]:
-        """Newly verified tokens up to and including the first end token."""
-        end = next((i + 1 for i, token in enumerate(tokens) if token in self.end_token_ids), len(tokens))
-        return tokens[:end]
+        "stop": an end token, or a stopping criterion. "length": max_new_tokens are written.
+        """
+        if tokens[-1] in self.end_token_ids or (self.stopping and self._stops(tokens)):
+            return "stop"
+        return "length" if self.num_remaining(tokens) == 0 else None
+
+    def _stops(self, tokens: Sequence[int]) -> bool:
+        return bool(self.stopping(torch.tensor([tokens], device=self.u.device), None).item())
 
 
 def make_request(
@@ -52,10 +68,14 @@ def make_request(
     seed: int,
     sequence: int = 0,
     end_token_ids: Sequence[int] | None = None,
+    min_new_tokens: int = 0,
+    processors: Sequence[LogitsProcessor] = (),
+    stopping: Sequence[StoppingCriteria] = (),
 ) -> Request:
     """Check a prompt against the model. Raises `DecodingError` for what cannot be served.
 
-    A text that would outgrow the model's context is cut there ("length").
+    A text that would outgrow the model's context is cut there ("length"). Before min_new_tokens are written no end
+    token is; `stopping` may still end the text.
     """
     ids = torch.as_tensor(prompt_ids).tolist()
     vocab_size = cast(nn.Embedding, base_model.get_input_embeddings()).weight.shape[0]
@@ -66,6 +86,8 @@ def make_request(
         raise DecodingError(f"prompt ids must lie in [0, {vocab_size}); got {min(ids)} … {max(ids)}")
     if max_new_tokens < 1:
         raise DecodingError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
+    if not 0 <= min_new_tokens <= max_new_tokens:
+        raise DecodingError(f"min_new_tokens must lie in [0, max_new_tokens = {max_new_tokens}]; got {min_new_tokens}")
     if context is not None and len(ids) >= context:
         raise DecodingError(
             f"the prompt has {len(ids)} tokens and the model's context is {context}: "
@@ -75,9 +97,14 @@ def make_request(
         max_new_tokens = min(max_new_tokens, context - len(ids))
     if end_token_ids is None:
         end_token_ids = model_end_token_ids(base_model)
+    device = base_model.device
     places = len(ids) + torch.arange(max_new_tokens)
-    u = uniform(seed, sequence, places).to(base_model.device)
-    return Request(ids, max_new_tokens, frozenset(end_token_ids), u)
+    u = uniform(seed, sequence, places).to(device)
+    all_processors = LogitsProcessorList(processors)
+    if min_new_tokens and end_token_ids:
+        ends = torch.tensor(list(end_token_ids), device=device)
+        all_processors.insert(0, MinNewTokensLengthLogitsProcessor(len(ids), min_new_tokens, ends, device=str(device)))
+    return Request(ids, max_new_tokens, frozenset(end_token_ids), u, all_processors, StoppingCriteriaList(stopping))
 
 
 def _shape(ids: Sequence[int] | Tensor) -> tuple[int, ...]:

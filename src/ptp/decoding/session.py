@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ptp.decoding.allocation import allocate
 from ptp.decoding.budget import Policy
 from ptp.decoding.layout import CallShape, RowLayout, call_layout, call_mask
 from ptp.decoding.requests import Request
+from ptp.decoding.verification import Verified, sampled, verify
 from ptp.errors import DecodingError
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import LogitsOf, SamplingRule, pick, probability, warp
@@ -37,13 +39,15 @@ COMPILED_CAPACITY = 512
 class Step:
     """What one call settled for a text. token_ids: verified tokens, in order; the first num_accepted had been drafted.
 
-    u: their numbers. num_drafts: draft tokens the call verified.
+    u: their numbers. num_drafts: draft tokens the call verified. finish_reason: of a text's last call, why the text
+    ends there (see `Request.finish_reason`).
     """
 
     token_ids: list[int]
     u: list[float]
     num_accepted: int
     num_drafts: int
+    finish_reason: str | None = None
 
 
 @dataclass(eq=False)
@@ -64,22 +68,14 @@ class Text:
     def num_remaining(self) -> int:
         return self.request.num_remaining(self.tokens)
 
-    @property
-    def is_finished(self) -> bool:
-        return self.num_written > 0 and self.request.is_finished(self.tokens)
-
 
 @dataclass(frozen=True)
-class Verified:
-    """What a call found, on the host. true_tokens: (B, 1 + drafts), the base model's own. num_accepted: (B,).
+class Outcome:
+    """What a call found for a text: what is verified, and the next drafts with their confidences."""
 
-    drafts, confidences: (B, widest branch) of the branches that came true; what lies past a branch's own is padding.
-    """
-
-    true_tokens: list[list[int]]
-    num_accepted: list[int]
-    drafts: list[list[int]]
-    confidences: list[list[float]]
+    verified: Verified
+    drafts: list[int]
+    confidences: list[float]
 
 
 class Session:
@@ -162,18 +158,17 @@ class Session:
             widths = tuple(width + lead if width else 0 for width in plan.widths)
             layouts.append(RowLayout(len(text.tokens) - text.num_cached, plan.num_drafts, widths))
         plain = self.layers is None and _is_plain(layouts)
-        found = self._call_plainly(texts[0]) if plain else self._call(texts, layouts)
+        outcomes = [self._call_plainly(texts[0])] if plain else self._call(texts, layouts)
         steps = []
-        for row, (text, layout) in enumerate(zip(texts, layouts, strict=True)):
-            num_accepted = found.num_accepted[row]
-            verified = text.request.cut(found.true_tokens[row][: num_accepted + 1])
-            u = text.request.u_values[text.num_written : text.num_written + len(verified)]
-            steps.append((text, Step(verified, u, min(num_accepted, len(verified)), layout.num_drafts)))
-            text.tokens += verified
+        for text, layout, outcome in zip(texts, layouts, outcomes, strict=True):
+            verified = outcome.verified
+            u = text.request.u_values[text.num_written : text.num_written + len(verified.token_ids)]
+            step = Step(verified.token_ids, u, verified.num_accepted, layout.num_drafts, verified.finish_reason)
+            steps.append((text, step))
+            text.tokens += step.token_ids
             text.num_cached = len(text.tokens) - 1
-            num_drafts = max(0, layout.widths[num_accepted] - lead)
-            text.drafts, text.confidences = found.drafts[row][:num_drafts], found.confidences[row][:num_drafts]
-            if text.is_finished:
+            text.drafts, text.confidences = outcome.drafts, outcome.confidences
+            if step.finish_reason is not None:
                 self.leave(text)
         if all(layout.num_pending == 1 for layout in layouts):
             num_positions = len(texts) * CallShape.of(layouts).num_positions
@@ -201,8 +196,8 @@ class Session:
         self.model.read(ids, layout.offset + text.num_cached, mask, self.cache)
         text.num_cached += num_tokens
 
-    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> Verified:
-        """One forward call; the base model's tokens, what they say of the drafts, and the next drafts."""
+    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> list[Outcome]:
+        """One forward call: what it verifies, and what it drafts."""
         device, config = self.model.device, self.model.ptp_config
         shape, width = CallShape.of(layouts), None
         cached, written = [text.num_cached for text in texts], [text.num_written for text in texts]
@@ -240,11 +235,20 @@ class Session:
         )
 
         # Verify: drafts count up to the first that is not what the base model writes with that u.
-        place = torch.arange(layout.verify.shape[1], device=device).expand_as(layout.verify)
-        true_tokens = pick(warp(self.head(_rows(hidden, layout.verify)), self.rule), _at(u, done + place))
-        drafted = tokens.gather(1, layout.verify)[:, 1:]
-        right = (drafted == true_tokens[:, :-1]) & (place[:, 1:] <= layout.num_drafts.unsqueeze(1))
-        num_accepted = right.cumprod(1).sum(1, keepdim=True)
+        logits = self.head(_rows(hidden, layout.verify))
+        place = torch.arange(logits.shape[1], device=device).expand_as(layout.verify)
+        verified: list[Verified] | None = None
+        if any(text.request.processors for text in texts):
+            # They look at the tokens so far, on the host, and only at those that stay.
+            verified = [self._verified(text, logits[row], u[row, text.num_written :]) for row, text in enumerate(texts)]
+            accepted = [each.num_accepted for each in verified] + [0] * (len(layouts) - len(texts))
+            num_accepted = torch.tensor(accepted, device=device).unsqueeze(1)
+            true_tokens = tokens[:, :0]
+        else:
+            true_tokens = pick(warp(logits, self.rule), _at(u, done + place))
+            drafted = tokens.gather(1, layout.verify)[:, 1:]
+            right = (drafted == true_tokens[:, :-1]) & (place[:, 1:] <= layout.num_drafts.unsqueeze(1))
+            num_accepted = right.cumprod(1).sum(1, keepdim=True)
 
         # Draft: read the branch that came true.
         found = [true_tokens, num_accepted]
@@ -254,27 +258,32 @@ class Session:
             widest = int(layout.widths.gather(1, num_accepted).max())
         if widest:
             index = torch.arange(widest, device=device) + layout.starts.gather(1, num_accepted)
-            logits = _rows(hidden, index.clamp(max=shape.num_positions - 1)[:, config.lead :])
-            place = num_accepted + 1 + torch.arange(logits.shape[1], device=device)
-            found += self._draft(self.head(logits), _at(u, done + place))
+            branch = _rows(hidden, index.clamp(max=shape.num_positions - 1)[:, config.lead :])
+            place = num_accepted + 1 + torch.arange(branch.shape[1], device=device)
+            found += self._draft(self.head(branch), _at(u, done + place))
         # One copy to the host: float64 holds token ids exactly.
         values = torch.cat([part.double() for part in found], dim=1).tolist()
-        size, drafts = true_tokens.shape[1], max(0, widest - config.lead)
-        return Verified(
-            true_tokens=[[int(token) for token in row[:size]] for row in values],
-            num_accepted=[int(row[size]) for row in values],
-            drafts=[[int(token) for token in row[size + 1 : size + 1 + drafts]] for row in values],
-            confidences=[row[size + 1 + drafts :] for row in values],
-        )
+        outcomes = []
+        for row, (text, own) in enumerate(zip(texts, layouts, strict=False)):
+            true, (accepted_here,), rest = _cut(values[row], true_tokens.shape[1], 1)
+            drafts, confidences, _ = _cut(rest, len(rest) // 2, len(rest) // 2)
+            width = max(0, own.widths[int(accepted_here)] - config.lead)
+            found_here = verified[row] if verified else verify(map(int, true), text.drafts, text.tokens, text.request)
+            outcomes.append(Outcome(found_here, [int(token) for token in drafts[:width]], confidences[:width]))
+        return outcomes
 
-    def _call_plainly(self, text: Text) -> Verified:
+    def _call_plainly(self, text: Text) -> Outcome:
         """`_call` for one text that drafts nothing: one position, as any decoder does it."""
         self.cache.append_at(None, text.num_cached)
-        device = self.model.device
-        ids, position = torch.tensor([[[text.tokens[-1]], [text.num_cached]]], device=device).unbind(1)
+        ids, position = torch.tensor([[[text.tokens[-1]], [text.num_cached]]], device=self.model.device).unbind(1)
         hidden = self.model.read(ids, position, None, self.cache)
-        token = pick(warp(self.head(hidden[:, 0]), self.rule), text.request.u[text.num_written : text.num_written + 1])
-        return Verified([token.tolist()], [0], [[]], [[]])
+        return Outcome(self._verified(text, self.head(hidden[0]), text.request.u[text.num_written :]), [], [])
+
+    def _verified(self, text: Text, logits: Tensor, u: Tensor) -> Verified:
+        """What plain sampling writes at a text's verify rows, (R, V), with u (≥ R,), up to the first wrong draft."""
+        rows, request = logits[: 1 + len(text.drafts)], text.request
+        true_tokens = sampled(rows, u, text.tokens + text.drafts, self.rule, request.processors)
+        return verify(true_tokens, text.drafts, text.tokens, request)
 
     def _compiled_shape(self, shape: CallShape) -> CallShape:
         """Of the two shapes that are compiled, a position for each text or all that may be had, the one that serves."""
@@ -312,3 +321,9 @@ def _rows(hidden: Tensor, index: Tensor) -> Tensor:
 def _common(kept: Sequence[int], prompt: Sequence[int]) -> int:
     """How many tokens two texts have in common from their beginning on."""
     return next((i for i, (a, b) in enumerate(zip(kept, prompt, strict=False)) if a != b), min(len(kept), len(prompt)))
+
+
+def _cut(values: list[float], *sizes: int) -> list[list[float]]:
+    """A list in parts of these sizes, and the rest."""
+    ends = [0, *accumulate(sizes)]
+    return [*(values[start:end] for start, end in pairwise(ends)), values[ends[-1] :]]

@@ -18,7 +18,7 @@ from ptp.decoding.decoder import Decoder
 from ptp.decoding.requests import Request, make_request
 from ptp.errors import ConfigError, DataError
 from ptp.evaluation.bench import Figures, Round, figures, take_turns
-from ptp.evaluation.experiment_report import SMALL_MODEL, decoding_threads, hardware
+from ptp.evaluation.experiment_report import decoding_threads, hardware
 from ptp.evaluation.methods import PLAIN, PTP, Method, make_methods
 from ptp.evaluation.prompts import Question, prompt_ids, read_questions, spread_out
 from ptp.evaluation.verify import compare
@@ -94,7 +94,7 @@ def bench_experiment(
     plain_model = load_base_model(experiment.base_model, dtype).eval()
     model = PTPModel.from_pretrained(experiment.directory, dtype=dtype)
     num_parameters = plain_model.num_parameters()
-    decoder = Decoder(model, experiment.config.sampling, budget, merge=num_parameters < SMALL_MODEL)
+    decoder = Decoder(model, experiment.config.sampling, budget)
     methods = make_methods(decoder, plain_model, experiment.base_model, assistant)
     if prompts is None:
         questions = [Question(HELD_OUT, (tuple(ids),)) for ids in validation_prompts(experiment, num_prompts)]

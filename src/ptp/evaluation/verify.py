@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ptp.decoding.decoder import Decoder, Generation, Step
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import Request, make_request
+from ptp.decoding.verification import processed
 from ptp.sampling import Distribution, SamplingRule, interval, warp
 
 Result = TypeVar("Result")
@@ -97,7 +98,7 @@ def verify(
             plain_seconds, plain_ids = _timed(partial(decode_plainly, plain_model, request, decoder.rule))
             parallel_seconds, steps = _timed(partial(_all_steps, decoder, request))
             seconds.append((plain_seconds, parallel_seconds))
-        generation = Generation.of(steps, request)
+        generation = Generation.of(steps)
         verdict = compare(plain_model, request, decoder.rule, generation.token_ids, plain_ids)
         yield Comparison(request, generation, plain_ids, seconds, verdict)
 
@@ -113,7 +114,8 @@ def compare(
     if place is None:
         return "mismatch"
     ids = torch.tensor([request.prompt_ids + plain_ids[:place]], device=plain_model.device)
-    distribution = warp(plain_model(input_ids=ids, logits_to_keep=1).logits[0, -1], rule)
+    logits = plain_model(input_ids=ids, logits_to_keep=1).logits[0, -1]
+    distribution = warp(processed(logits, ids[0], request.processors), rule)
     # Both tokens' intervals must come that near to u: some edge always does.
     tokens = torch.tensor([token_ids[place], plain_ids[place]], device=plain_model.device)
     both = Distribution(*(entry.expand(2, -1) for entry in vars(distribution).values()))

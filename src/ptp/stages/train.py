@@ -28,6 +28,7 @@ from ptp.model.ptp_model import PTPModel
 from ptp.model.student import StudentModel
 from ptp.processes import world_size
 from ptp.records import differences
+from ptp.sampling import SamplingRule
 from ptp.scaling import build_student
 from ptp.stages import Progress, unheard
 from ptp.stages.prepare import prepare
@@ -187,7 +188,9 @@ def keep_settings(experiment: Experiment, data: TrainingData, base_fingerprint: 
     }
     kept = experiment.checkpoints / SETTINGS
     resumes = kept.exists() and last_complete_checkpoint(experiment.checkpoints) is not None
-    if resumes and (changed := differences(json.loads(kept.read_text(encoding="utf-8")), settings)):
+    # What a rule could not yet say when the file was written was off.
+    off = {f"sampling.{key}": value for key, value in SamplingRule().model_dump(mode="json").items()}
+    if resumes and (changed := differences(off | json.loads(kept.read_text(encoding="utf-8")), settings)):
         raise ConfigError(
             f"the checkpoints in {experiment.checkpoints} were made with another {changed}; restore that to go on "
             "from them, or remove them to start over"

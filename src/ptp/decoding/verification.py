@@ -1,0 +1,84 @@
+"""What plain sampling would have written: tokens of the verify rows, and how many of them a call settles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from ptp.decoding.requests import Request
+from ptp.errors import DecodingError
+from ptp.sampling import SamplingRule, pick, warp
+
+
+def processed(logits: Tensor, ids: Tensor, processors: LogitsProcessorList) -> Tensor:
+    """Logits of one row, (V,), as processors leave them that see the tokens before it; float32 as in transformers.
+
+    ids: (n,) int64, prompt included. Without processors the logits come back as they are.
+    """
+    if not processors:
+        return logits
+    # A copy: a processor may write into its scores.
+    scores = logits.unsqueeze(0).to(torch.float32, copy=True)
+    return processors(cast(torch.LongTensor, ids.unsqueeze(0)), cast(torch.FloatTensor, scores))[0]
+
+
+def sampled(
+    logits: Tensor, u: Tensor, before: Sequence[int], rule: SamplingRule, processors: LogitsProcessorList
+) -> Iterator[int]:
+    """The token that plain sampling gives at each verify row.
+
+    logits: (R, V). u: (R,) or more. before: the tokens that the last row sees, prompt included; the last R − 1 of them
+    are drafts, and each row sees one less than the next.
+
+    With processors a row is processed only when its token is asked for. Whoever stops asking behind a wrong draft or
+    the text's end shows them what plain sampling does, and nothing else: so they may keep state, or fail on a text
+    that cannot be, as those of a grammar do. Raises `DecodingError` if they leave no token to choose.
+    """
+    if not processors:
+        yield from pick(warp(logits, rule), u[: len(logits)]).tolist()
+        return
+    ids = torch.tensor(before, device=logits.device)
+    first = len(before) - len(logits) + 1
+    for row in range(len(logits)):
+        scores = processed(logits[row], ids[: first + row], processors)
+        if not scores.max().isfinite():
+            raise DecodingError(
+                f"the logits processors leave no token to choose behind {first + row} tokens: the highest score is "
+                f"{float(scores.max())}"
+            )
+        yield int(pick(warp(scores, rule), u[row]))
+
+
+@dataclass(frozen=True)
+class Verified:
+    """token_ids: what a call adds to the text; the first num_accepted of them had been drafted.
+
+    finish_reason: see `Request.finish_reason`.
+    """
+
+    token_ids: list[int]
+    num_accepted: int
+    finish_reason: str | None
+
+
+def verify(true_tokens: Iterable[int], drafts: Sequence[int], text: Sequence[int], request: Request) -> Verified:
+    """Take tokens up to the first that is not its draft (the bonus token) or that ends the text.
+
+    true_tokens: one for each draft and one more, read only as far as that. text: prompt and accepted tokens.
+
+    Drafts 7 4 4, true tokens 7 4 9 2: verified are 7 4 9, of which two were drafted; if 4 is an end token, 7 4.
+    """
+    tokens = list(text)
+    num_accepted, finish_reason = 0, None
+    for token, draft in zip(true_tokens, [*drafts, None], strict=False):
+        tokens.append(token)
+        num_accepted += token == draft
+        finish_reason = request.finish_reason(tokens)
+        if token != draft or finish_reason is not None:
+            break
+    return Verified(tokens[len(text) :], num_accepted, finish_reason)
