@@ -222,9 +222,9 @@ class Session:
             widest = int(layout.widths.gather(1, num_accepted).max())
         if widest:
             index = torch.arange(widest, device=device) + layout.starts.gather(1, num_accepted)
-            logits = _rows(hidden, index.clamp(max=shape.num_positions - 1)[:, config.lead :])
-            place = num_accepted + 1 + torch.arange(logits.shape[1], device=device)
-            found += self._draft(self.head(logits), _at(u, written, place))
+            logits = self.head(_rows(hidden, index.clamp(max=shape.num_positions - 1)))
+            place = num_accepted + 1 + torch.arange(widest - config.lead, device=device)
+            found += self._draft(logits, _at(u, written, place), true_tokens.gather(1, num_accepted))
         # One copy to the host: float64 holds token ids exactly.
         numbers = torch.cat([part.double() for part in found], dim=1).tolist()
         size, drafts = true_tokens.shape[1], max(0, widest - config.lead)
@@ -250,17 +250,19 @@ class Session:
             return texts[0].request.u.unsqueeze(0)
         return torch.nn.utils.rnn.pad_sequence([text.request.u for text in texts], batch_first=True)
 
-    def _draft(self, logits: Tensor, u: Tensor) -> list[Tensor]:
-        """Drafts and their confidences, (B, drafts) each, from the rows (B, drafts, V) of the branches that came true.
+    def _draft(self, logits: Tensor, u: Tensor, bonus: Tensor) -> list[Tensor]:
+        """Drafts and their calibrated confidences, (B, drafts) each, from the branches that came true.
 
-        u: (B, drafts), of the drafts' own places.
+        logits: (B, lead + drafts, V), their rows. u: (B, drafts), of the drafts' own places. bonus: (B, 1), the tokens
+        before the first drafts, which O-PTP's first row has foreseen or not.
         """
+        calibration = self.model.calibration
         if self.model.ptp_config.variant == "one_hot":
             best = logits.float().softmax(-1).max(-1)
-            return [best.indices, best.values]
+            return [best.indices[:, 1:], calibration(best.values[:, 1:], foreseen=best.indices[:, :1] == bonus)]
         distribution = warp(logits, self.rule)
         drafts = pick(distribution, u)
-        return [drafts, probability(distribution, drafts)]
+        return [drafts, calibration(probability(distribution, drafts))]
 
 
 def _is_plain(layouts: Sequence[RowLayout]) -> bool:
