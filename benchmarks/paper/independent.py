@@ -110,7 +110,7 @@ def propose(model: PTPModel, batch: dict[str, Tensor], rule: SamplingRule) -> Te
     output = model(**(batch | free))
     bonus = pick(warp(model.logits(states_before(batch["starts"], output.context)), rule), output.u[..., 0])
     logits = model.logits(output.windows).unflatten(1, (-1, config.window))
-    tokens = predictions(logits, output.u[..., config.shift + 1 :][..., : config.window], config, rule)
+    tokens, _ = predictions(logits, output.u[..., config.shift + 1 :][..., : config.window], config, rule)
     return torch.cat([bonus.unsqueeze(-1), tokens[..., config.lead :]], dim=-1)
 
 

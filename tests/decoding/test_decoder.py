@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptp.calibration import Calibration
 from ptp.config import PTPConfig
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.layout import RowLayout
@@ -128,9 +129,9 @@ class SpySession(OracleSession):
             self.seen.append((self.logits[0], texts[0].num_written + outcomes[0].verified.num_accepted))
         return outcomes
 
-    def _draft(self, logits: Tensor, u: Tensor) -> list[Tensor]:
-        self.logits = logits.clone()
-        return super()._draft(logits, u)
+    def _draft(self, logits: Tensor, u: Tensor, bonus: Tensor) -> list[Tensor]:
+        self.logits = logits[:, self.model.ptp_config.lead :].clone()
+        return super()._draft(logits, u, bonus)
 
 
 class SpyDecoder(OracleDecoder):
@@ -178,16 +179,35 @@ def test_a_branch_that_came_true_is_the_training_window_behind_the_same_context(
 def test_drafts_and_confidences_are_read_from_the_branch_with_the_numbers_of_their_own_places(
     base: PreTrainedModel, variant: str
 ) -> None:
-    session = Decoder(PTPModel(deepcopy(base), PTPConfig(variant=variant)), SamplingRule()).session()
+    model = PTPModel(deepcopy(base), PTPConfig(variant=variant))
+    session = Decoder(model, SamplingRule()).session()
+    lead = torch.zeros(model.ptp_config.lead, 4)
     logits = torch.tensor([[1.0, 1.0, 0.0, -9.0], [0.0, 2.0, 2.0, 1.0], [5.0, 0.0, 0.0, 0.0]])
     u = torch.tensor([0.1, 0.5, 0.999])
-    drafts, confidences = (found[0].tolist() for found in session._draft(logits.unsqueeze(0), u.unsqueeze(0)))
+    rows, bonus = torch.cat([lead, logits]).unsqueeze(0), torch.zeros(1, 1)
+    drafts, confidences = (found[0].tolist() for found in session._draft(rows, u.unsqueeze(0), bonus))
     probs = logits.softmax(-1)
     expected = probs.argmax(-1).tolist()
     if variant == "categorical":
         expected = [int((row.cumsum(0) <= number).sum()) for row, number in zip(probs, u, strict=True)]
     assert drafts == expected
     assert confidences == pytest.approx([row[token].item() for row, token in zip(probs, drafts, strict=True)])
+
+
+def test_a_one_hot_branch_that_foresaw_the_bonus_token_is_trusted_by_a_curve_of_its_own(base: PreTrainedModel) -> None:
+    model = PTPModel(deepcopy(base), PTPConfig(variant="one_hot"))
+    model.calibration = Calibration(curves=((0.1, 0.2), (0.8, 0.9)))
+    rows = torch.tensor([[0.0, 9.0], [50.0, 0.0]]).expand(2, 2, 2)  # they expect token 1, and draft token 0
+    drafts, confidences = Decoder(model).session()._draft(rows, torch.zeros(2, 1), bonus=torch.tensor([[1], [0]]))
+    assert drafts.tolist() == [[0], [0]]
+    assert confidences.flatten().tolist() == pytest.approx([0.9, 0.2])
+
+
+def test_a_categorical_branch_has_one_curve(base: PreTrainedModel) -> None:
+    model = PTPModel(deepcopy(base), PTPConfig(variant="categorical"))
+    model.calibration = Calibration(curves=((0.1, 0.2),))
+    rows = torch.tensor([[[50.0, 0.0]]])
+    assert Decoder(model).session()._draft(rows, torch.zeros(1, 1), torch.ones(1, 1))[1].item() == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(

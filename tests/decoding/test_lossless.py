@@ -12,6 +12,7 @@ from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptp.calibration import NUM_BINS, Calibration
 from ptp.config import PTPConfig
 from ptp.decoding import session
 from ptp.decoding.decoder import Decoder, Generation
@@ -47,6 +48,9 @@ def random_model(bases: list[PreTrainedModel], random_adapter: Callable, seed: i
     model = random_adapter(PTPModel(deepcopy(base), config), std=rng.choice([0.0, 0.1, 1.0, 10.0]), seed=seed)
     fall = rng.choice([0.3, 0.9, 1.0])
     model.survival = tuple(fall**k for k in range(1, config.num_drafts + 1))
+    if rng.random() < 0.5:
+        tried = torch.full((1 + config.lead, NUM_BINS), 20.0)
+        model.calibration = Calibration.of(tried, tried * torch.rand(tried.shape))
     return base, model
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from ptp.calibration import Calibration
 from ptp.config import PTPConfig
 from ptp.data.documents import Documents
 from ptp.data.packing import WindowStream, collate
@@ -24,6 +25,7 @@ from ptp.sampling import SamplingRule
 
 RULE = SamplingRule(temperature=0.7, top_k=20, top_p=0.95, order="probability")
 SURVIVAL = (0.9, 0.123456789, 1 / 3)
+CALIBRATION = Calibration(curves=((0.1, 1 / 3), (0.123456789, 0.9)))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def new_model(base: Path, random_adapter: Callable, **changes: object) -> PTPMod
     model = random_adapter(PTPModel(load_base_model(str(base)), config))
     for number, parameter in enumerate(model.auxiliary.parameters()):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(number))
-    model.rule, model.survival = RULE, SURVIVAL
+    model.rule, model.survival, model.calibration = RULE, SURVIVAL, CALIBRATION
     return model.eval()
 
 
@@ -100,6 +102,15 @@ def test_a_loaded_adapter_is_the_saved_one(
     loaded = PTPModel.from_pretrained(tmp_path / "adapter")
     assert torch.equal(window_logits(loaded, tiny_llama), window_logits(model, tiny_llama))
     assert (loaded.ptp_config, loaded.rule, loaded.survival) == (model.ptp_config, RULE, SURVIVAL)
+    assert loaded.calibration == CALIBRATION
+
+
+def test_an_adapter_of_before_calibration_loads_with_confidences_as_they_are(saved: Path) -> None:
+    settings = json.loads((saved / SETTINGS).read_text())
+    del settings["calibration"]
+    (saved / SETTINGS).write_text(json.dumps(settings))
+    confidences = torch.tensor([0.0, 0.3, 0.999, 1.0])
+    assert torch.equal(PTPModel.from_pretrained(saved).calibration(confidences), confidences)
 
 
 def test_an_experiment_directory_stands_for_its_adapter(saved: Path, model: PTPModel, tiny_llama: Callable) -> None:
@@ -211,6 +222,7 @@ def test_a_corrupt_configuration_is_named(saved: Path, content: bytes) -> None:
         ({"fromat_version": 1}, "fromat_version"),
         ({"base_fingerprint": 3}, "base_fingerprint"),
         ({"survival": "x"}, "survival"),
+        ({"calibration": {"curves": [[0.2, 0.1]]}}, "ascending chances in (0, 1); got (0.2, 0.1)"),
     ],
 )
 def test_a_wrong_configuration_names_the_culprit(saved: Path, changes: dict[str, object], culprit: str) -> None:

@@ -10,13 +10,16 @@ from ptp.training.metrics import WindowMetrics, predictions
 WINDOWS = ["rrr", "rwr", "rr.", "wmr"]
 
 
-def batch(windows: list[str]) -> tuple[torch.Tensor, Targets]:
+def batch(windows: list[str]) -> tuple[tuple[torch.Tensor, torch.Tensor], Targets]:
     """Predictions and targets (B = number of windows, N = 1)."""
     letters = [[list(window)] for window in windows]
-    predicted = torch.tensor([[[8 if x == "w" else 5 for x in row] for row in rows] for rows in letters])
+    token_ids = torch.tensor([[[8 if x == "w" else 5 for x in row] for row in rows] for rows in letters])
     valid = torch.tensor([[[x in "rw" for x in row] for row in rows] for rows in letters])
     in_span = torch.tensor([[[x != "." for x in row] for row in rows] for rows in letters])
-    return predicted, Targets(torch.full_like(predicted, 5), torch.ones_like(predicted), valid, in_span)
+    # The k-th output of a window is proposed with confidence 0.1·k + 0.02, in bin 2·k.
+    confidences = (0.1 * torch.arange(token_ids.shape[-1]) + 0.02).expand(token_ids.shape)
+    targets = Targets(torch.full_like(token_ids, 5), torch.ones_like(token_ids), valid, in_span)
+    return (token_ids, confidences), targets
 
 
 def measured(config: PTPConfig, *batches: list[str], losses: tuple[float, ...] = (20.0,)) -> WindowMetrics:
@@ -46,6 +49,26 @@ def test_the_first_output_of_one_hot_windows_is_no_draft() -> None:
     assert metrics.accuracy == pytest.approx([3 / 4, 2 / 3, 3 / 3])
 
 
+def by_bin(sums: torch.Tensor) -> list[dict[int, int]]:
+    """What is counted, of each curve by bin."""
+    return [{entry: int(row[entry]) for entry in row.nonzero().flatten().tolist()} for row in sums]
+
+
+def test_drafts_are_counted_by_confidence_as_long_as_those_before_them_are_right() -> None:
+    metrics = measured(PTPConfig(window=3, variant="categorical"), WINDOWS)
+    assert by_bin(metrics.sure_tried) == [{0: 4, 2: 3, 4: 1}]
+    assert by_bin(metrics.sure_right) == [{0: 3, 2: 2, 4: 1}]
+
+
+def test_drafts_of_one_hot_windows_are_counted_apart_where_the_first_output_is_wrong() -> None:
+    # A first output whose token has no mass says nothing of either.
+    metrics = measured(PTPConfig(window=3, variant="one_hot"), [*WINDOWS, "wrw", "mrr"])
+    assert by_bin(metrics.sure_tried) == [{2: 1, 4: 1}, {2: 3, 4: 1}]
+    assert by_bin(metrics.sure_right) == [{2: 1}, {2: 2, 4: 1}]
+    after_wrong, after_right = metrics.calibration.curves
+    assert after_wrong[4] < after_right[4]
+
+
 @pytest.mark.parametrize("variant", ["categorical", "one_hot"])
 def test_batches_measured_apart_add_up(variant: str) -> None:
     config = PTPConfig(window=3, variant=variant)
@@ -54,6 +77,8 @@ def test_batches_measured_apart_add_up(variant: str) -> None:
     assert float(split.tokens) == 2 * float(whole.tokens) == 14
     assert split.rates() == pytest.approx(whole.rates())
     assert split.survival == whole.survival
+    assert split.calibration == whole.calibration
+    assert whole.sure_tried.any()
 
 
 def test_a_linear_function_reaches_every_sum() -> None:
@@ -69,6 +94,7 @@ def test_targets_that_are_not_judged_have_a_loss_and_nothing_right_or_wrong() ->
     assert (unjudged.mean_loss, unjudged.num_targets, unjudged.num_masked) == (2.0, 10, 1)
     assert not unjudged.counted.any()
     assert not unjudged.tried.any()
+    assert not unjudged.sure_tried.any()
 
 
 def test_nothing_measured_is_zero_not_a_crash() -> None:
@@ -84,5 +110,7 @@ def test_predictions_are_what_decoding_drafts() -> None:
     edges = logits.exp().cumsum(-1)[0].tolist()
     for u, token in [(0.0, 0), (edges[0] + 0.01, 1), (edges[1] + 0.01, 2)]:
         u = torch.tensor([u])
-        assert predictions(logits, u, PTPConfig(variant="categorical"), rule).tolist() == [token]
-        assert predictions(logits, u, PTPConfig(variant="one_hot"), rule).tolist() == [1]
+        for variant, expected in (("categorical", token), ("one_hot", 1)):
+            proposed, confidence = predictions(logits, u, PTPConfig(variant=variant), rule)
+            assert proposed.tolist() == [expected]
+            assert confidence.tolist() == pytest.approx([logits.exp()[0, expected].item()])

@@ -241,14 +241,16 @@ class Session:
         if any(text.request.processors for text in texts):
             # They look at the tokens so far, on the host, and only at those that stay.
             verified = [self._verified(text, logits[row], u[row, text.num_written :]) for row, text in enumerate(texts)]
-            accepted = [each.num_accepted for each in verified] + [0] * (len(layouts) - len(texts))
-            num_accepted = torch.tensor(accepted, device=device).unsqueeze(1)
+            accepted = [[each.num_accepted, each.token_ids[-1]] for each in verified]
+            state = torch.tensor(accepted + [[0, 0]] * (len(layouts) - len(texts)), device=device)
+            num_accepted, bonus = state.split(1, dim=1)
             true_tokens = tokens[:, :0]
         else:
             true_tokens = pick(warp(logits, self.rule), _at(u, done + place))
             drafted = tokens.gather(1, layout.verify)[:, 1:]
             right = (drafted == true_tokens[:, :-1]) & (place[:, 1:] <= layout.num_drafts.unsqueeze(1))
             num_accepted = right.cumprod(1).sum(1, keepdim=True)
+            bonus = true_tokens.gather(1, num_accepted)
 
         # Draft: read the branch that came true.
         found = [true_tokens, num_accepted]
@@ -258,9 +260,9 @@ class Session:
             widest = int(layout.widths.gather(1, num_accepted).max())
         if widest:
             index = torch.arange(widest, device=device) + layout.starts.gather(1, num_accepted)
-            branch = _rows(hidden, index.clamp(max=shape.num_positions - 1)[:, config.lead :])
-            place = num_accepted + 1 + torch.arange(branch.shape[1], device=device)
-            found += self._draft(self.head(branch), _at(u, done + place))
+            branch = _rows(hidden, index.clamp(max=shape.num_positions - 1))
+            place = num_accepted + 1 + torch.arange(widest - config.lead, device=device)
+            found += self._draft(self.head(branch), _at(u, done + place), bonus)
         # One copy to the host: float64 holds token ids exactly.
         values = torch.cat([part.double() for part in found], dim=1).tolist()
         outcomes = []
@@ -291,17 +293,19 @@ class Session:
             return shape
         return CallShape(1 + min(self.model.ptp_config.num_drafts, self.policy.most), self.policy.most)
 
-    def _draft(self, logits: Tensor, u: Tensor) -> list[Tensor]:
-        """Drafts and their confidences, (B, drafts) each, from the rows (B, drafts, V) of the branches that came true.
+    def _draft(self, logits: Tensor, u: Tensor, bonus: Tensor) -> list[Tensor]:
+        """Drafts and their calibrated confidences, (B, drafts) each, from the branches that came true.
 
-        u: (B, drafts), of the drafts' own places.
+        logits: (B, lead + drafts, V), their rows. u: (B, drafts), of the drafts' own places. bonus: (B, 1), the tokens
+        before the first drafts, which O-PTP's first row has foreseen or not.
         """
+        calibration = self.model.calibration
         if self.model.ptp_config.variant == "one_hot":
             best = logits.float().softmax(-1).max(-1)
-            return [best.indices, best.values]
+            return [best.indices[:, 1:], calibration(best.values[:, 1:], foreseen=best.indices[:, :1] == bonus)]
         distribution = warp(logits, self.rule)
         drafts = pick(distribution, u)
-        return [drafts, probability(distribution, drafts)]
+        return [drafts, calibration(probability(distribution, drafts))]
 
 
 def _is_plain(layouts: Sequence[RowLayout]) -> bool:

@@ -3,7 +3,8 @@
 adapter_config.json         PEFT's LoRA configuration
 adapter_model.safetensors   LoRA weights under PEFT's names
 auxiliary.safetensors       the embedding of u
-ptp_config.json             our settings: PTPConfig, sampling rule, acceptance profile, base model and its hash
+ptp_config.json             our settings: PTPConfig, sampling rule, acceptance profile, calibration of confidences, base
+                            model and its hash
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ptp.calibration import Calibration
 from ptp.config import PTPConfig
 from ptp.errors import AdapterError
 from ptp.model.gated_lora import GatedLoRA, lora_layers
@@ -40,6 +42,7 @@ class AdapterSettings(Record):
 
     base_model: hub id, or a path that is tried relative to the adapter directory first. base_fingerprint: see
     `fingerprint`. rule: the sampling rule of the training data. survival: s_1 … s_L of the acceptance profile.
+    calibration: of the drafts' confidences.
     """
 
     format_version: int = 1
@@ -48,6 +51,7 @@ class AdapterSettings(Record):
     config: PTPConfig
     rule: SamplingRule | None = None
     survival: tuple[float, ...]
+    calibration: Calibration = Calibration()
 
 
 def fingerprint(base_model: nn.Module) -> str:

@@ -17,6 +17,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from ptp.attention import FLEX, Mask, context_length, native_mask
 from ptp.cache import PassCache
+from ptp.calibration import Calibration
 from ptp.config import PTPConfig
 from ptp.errors import AdapterError, ConfigError
 from ptp.model.adapter import (
@@ -82,6 +83,7 @@ class PTPModel(nn.Module):
         self.base_fingerprint = fingerprint(base_model)
         self.rule: SamplingRule | None = None
         self.survival: tuple[float, ...] = tuple(0.5**k for k in range(1, self.ptp_config.num_drafts + 1))
+        self.calibration = Calibration()
 
     @classmethod
     def from_pretrained(
@@ -107,7 +109,7 @@ class PTPModel(nn.Module):
             )
         model = cls(base_model if given else to_dtype(base_model, dtype), settings.config)
         model.load_adapter(adapter)
-        model.rule, model.survival = settings.rule, settings.survival
+        model.rule, model.survival, model.calibration = settings.rule, settings.survival, settings.calibration
         model.base_fingerprint = found
         cast_parameters(model, model.dtype)
         return model.eval()
@@ -141,6 +143,7 @@ class PTPModel(nn.Module):
             config=self.ptp_config,
             rule=self.rule,
             survival=self.survival,
+            calibration=self.calibration,
         )
 
     @property

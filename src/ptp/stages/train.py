@@ -138,7 +138,7 @@ def train(
     write_events_to(experiment.events, trainer)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(experiment.checkpoints))
     metrics = trainer.measure()
-    model.survival = metrics.survival
+    model.survival, model.calibration = metrics.survival, metrics.calibration
     if trainer.args.should_save:
         # Of the adapter before; without its settings, one whose writing is cut short does not look whole.
         for name in (TRAINING_RESULT, MEASUREMENT, ADAPTER_SETTINGS):

@@ -49,8 +49,8 @@ def window_targets(ids: Tensor, span: Tensor, starts: Tensor, mass: Tensor, wind
     )
 
 
-Predict = Callable[[Tensor, slice], Tensor]
-"""Logits (R, V) of some of the valid targets, and which of them they are → the tokens proposed, (R,)."""
+Predict = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
+"""Logits (R, V) of some of the valid targets, and which of them they are → tokens proposed, confidences, each (R,)."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,13 @@ class WindowLoss:
     """What windows lose and propose.
 
     total: () weighted sum over valid targets, with gradient. cross_entropy: () sum without weights or divergence.
-    predicted: (B, N, L) int64 proposed tokens, 0 where no target is valid; None where none were asked for.
+    predicted: (B, N, L) int64 proposed tokens and float32 confidences, 0 where no target is valid; None where none were
+    asked for.
     """
 
     total: Tensor
     cross_entropy: Tensor
-    predicted: Tensor | None
+    predicted: tuple[Tensor, Tensor] | None
 
 
 def window_loss(
@@ -88,7 +89,7 @@ def window_loss(
     # Once: how many there are is known on the device alone, and each look waits for it.
     valid = sequence, _, index = torch.nonzero(targets.valid, as_tuple=True)
     tokens, share, before = targets.token_ids[valid], weights[index], targets.index[valid] - 1
-    proposed, entropies = torch.zeros_like(tokens), torch.zeros_like(share)
+    proposed, confidences, entropies = torch.zeros_like(tokens), torch.zeros_like(share), torch.zeros_like(share)
 
     def loss(logits: Tensor, part: slice) -> Tensor:
         scores = logits.float()
@@ -105,11 +106,15 @@ def window_loss(
         with torch.no_grad():
             entropies[part] = entropy
             if predict is not None:
-                proposed[part] = predict(logits, part)
+                proposed[part], confidences[part] = predict(logits, part)
         return total
 
     total = summed(windows[valid], loss)
-    predicted = torch.zeros_like(targets.token_ids).index_put(valid, proposed) if predict is not None else None
+
+    def placed(values: Tensor) -> Tensor:
+        return values.new_zeros(targets.valid.shape).index_put(valid, values)
+
+    predicted = (placed(proposed), placed(confidences)) if predict is not None else None
     return WindowLoss(total, entropies.sum(), predicted)
 
 

@@ -8,18 +8,24 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from ptp.calibration import NUM_BINS, Calibration, confidence_bin
 from ptp.config import PTPConfig
-from ptp.sampling import SamplingRule, pick, warp
+from ptp.sampling import SamplingRule, draw, warp
 from ptp.training.losses import Targets
 
 
-def predictions(logits: Tensor, target_u: Tensor, config: PTPConfig, rule: SamplingRule) -> Tensor:
-    """The token each window position proposes, as in decoding. logits: (..., V); target_u: (...); returns (...)."""
+def predictions(logits: Tensor, target_u: Tensor, config: PTPConfig, rule: SamplingRule) -> tuple[Tensor, Tensor]:
+    """The token each window position proposes, and its confidence, as in decoding.
+
+    logits: (..., V); target_u: (...); returns int64 and float32, each (...).
+    """
     if config.variant == "one_hot":
-        return logits.argmax(-1)
+        best = logits.float().softmax(-1).max(-1)
+        return best.indices, best.values
     distribution = warp(logits, rule)
     # No u lies in an interval that is no number; that there are such, the loss will tell.
-    return pick(replace(distribution, upper=distribution.upper.nan_to_num(1.0)), target_u)
+    token, lower, upper = draw(replace(distribution, upper=distribution.upper.nan_to_num(1.0)), target_u)
+    return token, upper - lower
 
 
 @dataclass(frozen=True)
@@ -28,14 +34,17 @@ class WindowMetrics:
 
     correct, counted: (L,) right and valid predictions by window index. survived, tried: (L − lead,) for each draft
     w, windows whose first w drafts are all right, of those whose first w − 1 are and whose w-th has a target.
-    cross_entropy, scored: () its sum over valid targets, and how many they are. masked: () targets without mass.
-    tokens: () tokens read.
+    sure_right, sure_tried: (1 + lead, NUM_BINS) the same drafts by the curve of `Calibration` and the bin of their
+    confidence, of windows whose first token has a target. cross_entropy, scored: () its sum over valid targets, and
+    how many they are. masked: () targets without mass. tokens: () tokens read.
     """
 
     correct: Tensor
     counted: Tensor
     survived: Tensor
     tried: Tensor
+    sure_right: Tensor
+    sure_tried: Tensor
     cross_entropy: Tensor
     scored: Tensor
     masked: Tensor
@@ -45,13 +54,23 @@ class WindowMetrics:
     def zeros(cls, config: PTPConfig) -> WindowMetrics:
         """Nothing counted yet."""
         by_index, by_draft = torch.zeros(config.window), torch.zeros(config.num_drafts)
-        return cls(by_index, by_index, by_draft, by_draft, *torch.zeros(4))
+        by_confidence = torch.zeros(1 + config.lead, NUM_BINS)
+        return cls(by_index, by_index, by_draft, by_draft, by_confidence, by_confidence, *torch.zeros(4))
 
     @classmethod
     def of(
-        cls, predicted: Tensor | None, targets: Targets, cross_entropy: Tensor, tokens: Tensor, config: PTPConfig
+        cls,
+        predicted: tuple[Tensor, Tensor] | None,
+        targets: Targets,
+        cross_entropy: Tensor,
+        tokens: Tensor,
+        config: PTPConfig,
     ) -> WindowMetrics:
-        """Count a batch. predicted: (B, N, L), or None for targets that are not judged; cross_entropy, tokens: ()."""
+        """Count a batch.
+
+        predicted: tokens and confidences, each (B, N, L), or None for targets that are not judged. cross_entropy,
+        tokens: ().
+        """
         unjudged = replace(
             cls.zeros(config),
             cross_entropy=cross_entropy.detach().float(),
@@ -61,16 +80,29 @@ class WindowMetrics:
         )
         if predicted is None:
             return unjudged
-        right = (predicted == targets.token_ids) & targets.valid
+        token_ids, confidences = predicted
+        right = (token_ids == targets.token_ids) & targets.valid
         drafted, valid = right[..., config.lead :].long(), targets.valid[..., config.lead :]
         run = drafted.cumprod(-1)
         before = torch.cat([torch.ones_like(run[..., :1]), run[..., :-1]], dim=-1)
+        tried = before.bool() & valid
+        # A curve of its own for windows whose output in front of the drafts, if they have one, is right.
+        curve = right[..., : config.lead].sum(-1, keepdim=True)
+        entry = curve * NUM_BINS + confidence_bin(confidences[..., config.lead :])
+        asked = tried & targets.valid[..., :1]
+
+        def by_confidence(drafts: Tensor) -> Tensor:
+            sums = torch.zeros((1 + config.lead) * NUM_BINS, device=drafts.device)
+            return sums.index_add(0, entry.flatten(), drafts.flatten().float()).view(-1, NUM_BINS)
+
         return replace(
             unjudged,
             correct=right.sum((0, 1)).float(),
             counted=targets.valid.sum((0, 1)).float(),
             survived=run.sum((0, 1)).float(),
-            tried=(before.bool() & valid).sum((0, 1)).float(),
+            tried=tried.sum((0, 1)).float(),
+            sure_right=by_confidence(asked & drafted.bool()),
+            sure_tried=by_confidence(asked),
         )
 
     def __add__(self, other: WindowMetrics) -> WindowMetrics:
@@ -100,6 +132,11 @@ class WindowMetrics:
         far as they go.
         """
         return tuple((self.survived / self.tried.clamp(min=1)).cumprod(0).tolist())
+
+    @property
+    def calibration(self) -> Calibration:
+        """What a draft's confidence is worth."""
+        return Calibration.of(self.sure_tried, self.sure_right)
 
     @property
     def mean_correct(self) -> float:

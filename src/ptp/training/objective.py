@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
@@ -17,7 +16,7 @@ from ptp.data.packing import WindowStream, collate
 from ptp.model.head import summed_loss
 from ptp.model.ptp_model import PTPModel, TrainingPass, states_before
 from ptp.sampling import SamplingRule
-from ptp.training.losses import Targets, window_loss, window_targets
+from ptp.training.losses import Predict, Targets, window_loss, window_targets
 from ptp.training.metrics import WindowMetrics, predictions
 
 EVALUATION_WINDOWS = 2000
@@ -91,11 +90,11 @@ def _measure(
     targets = targets_of(batch, output.mass, model, first)
     # C-PTP's windows are warped by the rule when they are used; the loss sees them so.
     warped = config.variant == "categorical" and rule.temperature > 0
-    predict: Callable[[Tensor, slice], Tensor] | None = None
+    predict: Predict | None = None
     if not objective.inverse:
         u = output.u[..., config.shift + 1 :][..., : config.window][targets.valid]
 
-        def predict(logits: Tensor, part: slice) -> Tensor:
+        def predict(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
             return predictions(logits, u[part], config, rule)
 
     loss = window_loss(

@@ -216,7 +216,7 @@ class PTPTrainer(Trainer):
             rates = self._rates(metrics := self.measure(), prefix="eval_")
             if not math.isfinite(rates["eval_loss"]):
                 raise ConfigError(not_finite("validation loss", self.state.global_step, self.config, self.output_dir))
-            self.model.survival = metrics.survival
+            self.model.survival, self.model.calibration = metrics.survival, metrics.calibration
             self.log(rates)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, rates)
         return rates
