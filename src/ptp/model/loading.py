@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ptp.attention import context_length
 from ptp.errors import ConfigError
+from ptp.layer_kinds import context_length
 from ptp.processes import local_rank
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
