@@ -18,6 +18,7 @@ from ptp.cache import RollbackCache
 from ptp.errors import ConfigError
 from ptp.layer_kinds import ATTENTION, LayerKind, context_length, layer_kinds
 from ptp.model.gated_lora import Gate, lora_layers
+from ptp.model.head import layers_of
 from ptp.model.loading import load_config
 
 ALIBI = {"bloom", "mpt"}
@@ -45,8 +46,6 @@ def _refusal(config: PreTrainedConfig) -> str | None:
     text = config.get_text_config()
     if config.is_encoder_decoder or type(config).is_encoder_decoder:
         return "they are made for an encoder's output, and only decoders can be made parallel"
-    if getattr(text, "is_decoder", True) is False:
-        return "their positions see what comes after them, and only decoders (is_decoder) can be made parallel"
     if text.model_type in ALIBI or getattr(text, "alibi", False):
         return "their attention is biased by places in the cache (ALiBi), where positions of a call cannot be set"
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
@@ -78,7 +77,7 @@ def check_calls(base_model: PreTrainedModel, kinds: tuple[LayerKind, ...], gate:
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError, RuntimeError) as error:
-        taken = inspect.signature(base_model.get_decoder().forward).parameters
+        taken = inspect.signature(layers_of(base_model).forward).parameters
         missing = [name for name in ("past_key_values", "position_ids", "attention_mask") if name not in taken]
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(

@@ -7,10 +7,11 @@ rows of logits, or each row only for a moment, asks for them here, and the whole
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -22,16 +23,30 @@ RowLoss = Callable[[Tensor, slice], Tensor]
 """Loss, a sum, of some rows: their logits (R, V), and which they are."""
 
 
+@dataclass
+class _LayersOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """What a model's head may look for in what its layers give; models with experts pass their routing on."""
+
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+def layers_of(base_model: PreTrainedModel) -> nn.Module:
+    """The model below the output head."""
+    decoder = base_model.get_decoder()
+    # transformers looks under the name of the checkpoint's prefix, which is not always that of the module (Llama 4).
+    return base_model.get_submodule("model") if decoder is base_model else decoder
+
+
 def project(base_model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (..., V) of hidden states (..., H), as the model's own forward makes them of what its layers give.
 
     The model is run without its layers: caps and scales of logits differ from model to model, and are its own.
     """
 
-    def layers(*args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows)
+    def layers(*args: Any, **kwargs: Any) -> _LayersOutput:
+        return _LayersOutput(last_hidden_state=rows)
 
-    rows, decoder = hidden.reshape(1, -1, hidden.shape[-1]), base_model.get_decoder()
+    rows, decoder = hidden.reshape(1, -1, hidden.shape[-1]), layers_of(base_model)
     decoder.forward = layers  # on the object, in front of the class's own
     try:
         return base_model(inputs_embeds=rows, use_cache=False).logits.view(*hidden.shape[:-1], -1)

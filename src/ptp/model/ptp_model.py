@@ -34,7 +34,7 @@ from ptp.model.architectures import check_architecture, check_calls
 from ptp.model.auxiliary import make_auxiliary_embedding
 from ptp.model.checkpointing import checkpointed
 from ptp.model.gated_lora import Gate, add_gated_lora
-from ptp.model.head import project
+from ptp.model.head import layers_of, project
 from ptp.model.loading import cast_parameters, load_base_model, to_dtype
 from ptp.model.masks import context_mask, window_mask
 from ptp.sampling import SamplingRule, inside, row_intervals, token_intervals
@@ -216,7 +216,7 @@ class PTPModel(nn.Module):
         checkpoints = self.gradient_checkpointing and torch.is_grad_enabled()
         with self.gate.opened(gate_start), checkpointed(self.base_model, self.gate) if checkpoints else nullcontext():
             named = self._named(inputs, positions, mask, cache, key_positions)
-            return self.base_model.get_decoder()(**named).last_hidden_state
+            return layers_of(self.base_model)(**named).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., H)."""
