@@ -19,7 +19,7 @@ from ptp.errors import ConfigError
 from ptp.layer_kinds import ATTENTION, LayerKind, context_length, layer_kinds
 from ptp.model.gated_lora import Gate, lora_layers
 from ptp.model.head import layers_of
-from ptp.model.loading import load_config
+from ptp.model.loading import is_quantized, load_config
 
 ALIBI = {"bloom", "mpt"}
 """Model types whose attention always adds ALiBi's biases."""
@@ -88,9 +88,11 @@ def check_calls(base_model: PreTrainedModel, kinds: tuple[LayerKind, ...], gate:
         with torch.no_grad():
             for layer in layers:
                 layer.lora_B.zero_()
+    # Quantised weights round as coarsely as bfloat16, whatever dtype they compute in.
+    eps = torch.finfo(torch.bfloat16 if is_quantized(base_model) else base_model.dtype).eps
     for ours, plain in pairs:
         gap = float((ours.float() - plain.float()).abs().max() / plain.float().std())
-        if not gap <= TOLERANCE * torch.finfo(plain.dtype).eps ** 0.5:
+        if not gap <= TOLERANCE * eps**0.5:
             raise ConfigError(
                 f"{base_model.config.model_type} models are not supported: they do not keep to the attention mask and "
                 f"positions of a call; logits are off by {gap:.1g} standard deviations"

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ptp.errors import ConfigError
+from ptp.model.loading import is_packed
 
 
 class Gate:
@@ -60,8 +61,10 @@ class GatedLoRA(nn.Module):
         """Keep base weight + scale · B·A as a copy for gated positions, (out, in) in the base's dtype.
 
         Takes the memory of the layer once more; faster where a call is bound by the number of its operations. Forgotten
-        by `unmerge`; weights changed after merging do not count.
+        by `unmerge`; weights changed after merging do not count. Raises `ConfigError` for quantised weights.
         """
+        if is_packed(self.base.weight):
+            raise ConfigError("weights of 8 or 4 bits have no merged copy; decode with merge=False")
         weight: Tensor = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
         update = self.scale * (self.lora_B.float() @ self.lora_A.float())
         self.merged = (weight.float() + update).to(weight.dtype)
