@@ -1,11 +1,15 @@
 """Every family of models decodes losslessly, trains what decoding uses, samples what it would write, and is kept."""
 
+import importlib.util
+import re
 from copy import deepcopy
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from architectures import FAMILIES, WINDOW
 from torch import Tensor
 from trainings import random_batch, step_loss
@@ -179,3 +183,29 @@ def test_completions_sampled_side_by_side_are_those_of_plain_decoding(base: PreT
         ((start, end),) = document.spans
         request = make_request(base, document.ids[:start].tolist(), 12, 3, document.number, end_token_ids=[2])
         assert document.ids[start:end].tolist() == decode_plainly(base, request, RULES[1])
+
+
+def load_make_architectures() -> ModuleType:
+    path = Path(__file__).parent.parent / "docs" / "make_architectures.py"
+    spec = importlib.util.spec_from_file_location("make_architectures", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_architectures_lists_what_is_tested_here() -> None:
+    make = load_make_architectures()
+    assert make.families() in make.PAGE.read_text(encoding="utf-8"), "run python docs/make_architectures.py"
+
+
+@pytest.mark.slow
+def test_every_type_of_transformers_writes_the_right_text_or_is_refused() -> None:
+    make = load_make_architectures()
+    text = make.PAGE.read_text(encoding="utf-8")
+    found = dict(make.survey())
+    works = {name for name, result in found.items() if result == make.WORKS}
+    if f"transformers {transformers.__version__}" in text:
+        assert text == make.page(found), "run python docs/make_architectures.py"
+    # A version that has fewer types supports what it has of those on the page.
+    promised = set(re.findall(r"`([^`]+)`", text.partition("**Work too:**")[2].partition("**Refused:**")[0]))
+    assert promised & found.keys() <= works

@@ -255,7 +255,7 @@ def test_a_model_that_cannot_be_made_parallel_is_refused_at_set_up(
     shutil.copytree(inputs / "model", tmp_path / "mamba")
     MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path / "mamba")
     config = config_of("fixed").model_copy(update={"base_model": str(tmp_path / "mamba")})
-    with pytest.raises(ConfigError, match="^mamba models are not supported: their layers keep a running state"):
+    with pytest.raises(ConfigError, match=r"^mamba models are not supported: their layers keep a running state"):
         distill(tmp_path / "experiment", config)
     assert not (tmp_path / "experiment").exists()
 

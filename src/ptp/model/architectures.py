@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from ptp.attention import layer_masks
+from ptp.attention import layer_masks, open_layers
 from ptp.cache import RollbackCache
 from ptp.errors import ConfigError
 from ptp.layer_kinds import ATTENTION, LayerKind, context_length, layer_kinds
@@ -56,13 +56,14 @@ def _refusal(config: PreTrainedConfig) -> str | None:
     return None
 
 
-def check_calls(base_model: PreTrainedModel, kinds: tuple[LayerKind, ...], gate: Gate) -> None:
+def check_calls(base_model: PreTrainedModel, gate: Gate | None = None) -> None:
     """Raises `ConfigError` unless calls with our cache, masks, positions and gate give the logits of plain calls.
 
     A configuration cannot say so of a model that nobody here knew, two small calls can: one of several texts with
     drafts and a window (`_short_call`), one behind a long context (`_long_call`). A model that did not honour what it
-    is given would write another text without a word.
+    is given would write another text without a word. gate: that of the model's gated layers, if it has any.
     """
+    kinds, gate = open_layers(base_model), gate or Gate()
     base_model.eval()
     layers = lora_layers(base_model).values()
     try:

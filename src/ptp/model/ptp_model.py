@@ -75,7 +75,7 @@ class PTPModel(nn.Module):
         self.layer_kinds = open_layers(base_model)
         self.gate = Gate()
         self.prepare_weights()
-        check_calls(base_model, self.layer_kinds, self.gate)
+        check_calls(base_model, self.gate)
         tokens = self.token_embedding.weight.detach()
         self.auxiliary = make_auxiliary_embedding(
             self.ptp_config.auxiliary,

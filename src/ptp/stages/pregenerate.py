@@ -27,7 +27,7 @@ from ptp.errors import ConfigError, DataError
 from ptp.experiment import Experiment
 from ptp.files import appearing
 from ptp.model.adapter import fingerprint
-from ptp.model.architectures import check_architecture
+from ptp.model.architectures import check_architecture, check_calls
 from ptp.model.loading import (
     load_base_model,
     load_context_length,
@@ -180,6 +180,7 @@ def _base_model(
     settings = experiment.config.pregenerate
     check_architecture(experiment.base_model)
     base_model = load_base_model(experiment.base_model).eval()
+    check_calls(base_model)
     store = CompletionStore(
         experiment.completions, _provenance(experiment, "base model", fingerprint(base_model), prompts_fingerprint)
     )
