@@ -163,7 +163,8 @@ Tiny random models decode losslessly, train what decoding uses, are sampled from
 
 {families}
 
-Blocks of experts keep their own weights, routers included. Long rotary embeddings (Phi 3 "128k") are served up to the
+Blocks of experts keep their own weights, routers included, because they take the positions of a call in another order.
+Long rotary embeddings (Phi 3 "128k") are served up to the
 model's original context, behind which their frequencies change for all tokens of a call.
 
 ## Base models of 8 and 4 bits
@@ -199,4 +200,5 @@ language model: {untried}.
 
 
 if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
     PAGE.write_text(page(dict(survey())), encoding="utf-8")

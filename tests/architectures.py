@@ -114,4 +114,23 @@ FAMILIES = [
         "attention sinks, alternating sliding windows, experts",
         {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, **ALTERNATING},
     ),
+    Family(
+        "DeepSeek V3",
+        "deepseek_v3",
+        "latent keys and values, whose expansion stays as it is; experts",
+        {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
 ]

@@ -113,7 +113,7 @@ def _short_call(
 
     x and y are drafts that prove wrong; c, d and e are compared.
     """
-    device, vocabulary = base_model.device, cast(nn.Embedding, base_model.get_input_embeddings()).weight.shape[0]
+    device, vocabulary = base_model.device, _vocabulary(base_model)
     texts = torch.arange(1, 11, device=device).view(2, 5) * max(1, vocabulary // 11) % vocabulary
     plain = [base_model(input_ids=texts[row : row + 1, row:], use_cache=False).logits[0, -3:] for row in range(2)]
 
@@ -152,6 +152,9 @@ def _long_call(
     """
     longest = context_length(base_model.config)
     length = LONG if longest is None else min(LONG, longest - 1)
+    position = torch.full((1, 1), length, device=base_model.device)
+    # Not token 0, which is often padding, with an embedding of zeros.
+    token = torch.full_like(position, _vocabulary(base_model) // 2)
     shared: dict[tuple[torch.Size, torch.Size], tuple[Tensor, Tensor]] = {}
 
     def call(own_mask: bool) -> Tensor:
@@ -167,15 +170,18 @@ def _long_call(
             layer.keys, layer.values = shared[shape]
             layer.dtype, layer.device, layer.is_initialized = like.dtype, like.device, True
             layer.length = length
-        token = torch.zeros(1, 1, dtype=torch.int64, device=base_model.device)
-        mask = torch.ones(1, 1, 1, length + 1, dtype=torch.bool, device=token.device) if own_mask else None
+        mask = torch.ones(1, 1, 1, length + 1, dtype=torch.bool, device=position.device) if own_mask else None
         return base_model(
             input_ids=token,
-            position_ids=token + length,
-            attention_mask=layer_masks(base_model, mask, kinds, token + length),
+            position_ids=position,
+            attention_mask=layer_masks(base_model, mask, kinds, position),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[0, -1]
 
     return call(own_mask=True), call(own_mask=False)
+
+
+def _vocabulary(base_model: PreTrainedModel) -> int:
+    return cast(nn.Embedding, base_model.get_input_embeddings()).num_embeddings

@@ -19,6 +19,9 @@ from transformers.pytorch_utils import Conv1D
 from ptp.errors import ConfigError
 from ptp.model.loading import is_packed
 
+LATENT_EXPANSION = "kv_b_proj"
+"""What transformers calls the layer that makes keys and values of the latent ones in the cache."""
+
 
 class Gate:
     """Which positions of the current call are gated; shared by all layers of a model."""
@@ -110,7 +113,8 @@ def add_gated_lora(
 
     targets: "all-linear" for every linear layer but the output head, as PEFT means it, or the last parts of module
     names ("q_proj", "v_proj"). A block of experts keeps its own weights, router included: it takes its positions in
-    another order, where no gate can tell them. Raises `ConfigError` when nothing matches.
+    another order, where no gate can tell them. So does what expands latent keys and values (DeepSeek's), for it reads
+    the whole cache. Raises `ConfigError` when nothing matches.
     """
     head = base_model.get_output_embeddings()
     mixtures = tuple(
@@ -121,7 +125,10 @@ def add_gated_lora(
     layers = {
         name: module
         for name, module in base_model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and not name.startswith(mixtures)
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and not name.startswith(mixtures)
+        and not name.endswith(LATENT_EXPANSION)
     }
     if targets != "all-linear":
         layers = {name: module for name, module in layers.items() if name.rsplit(".", 1)[-1] in targets}
