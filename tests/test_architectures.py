@@ -29,9 +29,10 @@ PROMPT = [3, 17, 5, 38, 9, 22, 31, 8, 8, 25, 14, 36, 7, 30]
 assert len(PROMPT) > 2 * WINDOW, "the prompt must be longer than what sliding layers see"
 RULES = [SamplingRule(temperature=0), SamplingRule(temperature=0.7, top_k=20, top_p=0.9), SamplingRule()]
 LENGTHS = (40, 19, 2)
+NUM_TOKENS = 10
 
 
-@pytest.fixture(params=FAMILIES, ids=lambda family: family.model_type)
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.model_type)
 def base(request: pytest.FixtureRequest) -> PreTrainedModel:
     return request.param.make()
 
@@ -45,15 +46,18 @@ def adapted(base: PreTrainedModel, std: float = 0.1, **settings: object) -> PTPM
     return model
 
 
-def test_the_text_is_the_base_model_s_own(base: PreTrainedModel) -> None:
+def test_the_text_is_the_base_model_s_own_alone_and_beside_others(base: PreTrainedModel) -> None:
     model = adapted(base)
     for seed, rule in enumerate(RULES):
-        request = make_request(base, PROMPT, 30, seed, end_token_ids=[])
-        expected = decode_plainly(base, request, rule)
-        out = Decoder(model, rule, budget=14).generate(PROMPT, 30, seed, end_token_ids=[])
-        assert out.token_ids == expected
-        assert out.num_draft_tokens > 0
-        assert len(set(expected)) > 2
+        decoder, prompts = Decoder(model, rule, budget=14), [PROMPT, PROMPT[:9]]
+        alone = decoder.generate(PROMPT, NUM_TOKENS, seed, end_token_ids=[])
+        texts = decoder.generate_batch(prompts, NUM_TOKENS, seed, end_token_ids=[], batch_size=2)
+        assert alone.num_draft_tokens > 0
+        assert alone.token_ids == texts[0].token_ids
+        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            request = make_request(base, prompt, NUM_TOKENS, seed, number, end_token_ids=[])
+            assert text.token_ids == decode_plainly(base, request, rule)
+        assert len(set(alone.token_ids)) > 2
 
 
 @torch.no_grad()
@@ -166,7 +170,7 @@ def test_a_saved_adapter_is_the_same_model_when_loaded(base: PreTrainedModel, tm
     model = adapted(type(base).from_pretrained(tmp_path / "base"))
     model.save_pretrained(tmp_path / "adapter")
     loaded = PTPModel.from_pretrained(tmp_path / "adapter")
-    texts = [Decoder(each, RULES[1], 14).generate(PROMPT, 20, end_token_ids=[]) for each in (model, loaded)]
+    texts = [Decoder(each, RULES[1], 14).generate(PROMPT, NUM_TOKENS, end_token_ids=[]) for each in (model, loaded)]
     assert texts[0] == texts[1]
     batch = random_batch((20,), 20, num_windows=4)
     with torch.no_grad():
@@ -174,14 +178,21 @@ def test_a_saved_adapter_is_the_same_model_when_loaded(base: PreTrainedModel, tm
 
 
 def test_completions_sampled_side_by_side_are_those_of_plain_decoding(base: PreTrainedModel) -> None:
-    prompts = [Prompt(np.array((PROMPT * 2)[: 2 + 5 * n], np.int32), [2 * n, 2 * n + 1]) for n in range(5)]
+    prompts = [Prompt(np.array(PROMPT[: 2 + 4 * n], np.int32), [2 * n, 2 * n + 1]) for n in range(3)]
     documents = sample_completions(
-        deepcopy(base), prompts, RULES[1], seed=3, max_length=64, max_new_tokens=12, end_token_ids=[2], batch_size=4
+        deepcopy(base),
+        prompts,
+        RULES[1],
+        seed=3,
+        max_length=64,
+        max_new_tokens=NUM_TOKENS,
+        end_token_ids=[2],
+        batch_size=4,
     )
-    assert len(documents) == 10
+    assert len(documents) == 6
     for document in documents:
         ((start, end),) = document.spans
-        request = make_request(base, document.ids[:start].tolist(), 12, 3, document.number, end_token_ids=[2])
+        request = make_request(base, document.ids[:start].tolist(), NUM_TOKENS, 3, document.number, end_token_ids=[2])
         assert document.ids[start:end].tolist() == decode_plainly(base, request, RULES[1])
 
 

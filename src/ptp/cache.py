@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
@@ -76,22 +77,35 @@ class RollbackCache(Cache):
             layer.length = length
 
 
-class SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer in buffers (slots, heads, capacity, head_dim); row r is valid in [0, length_r).
+@dataclass(frozen=True)
+class Appending:
+    """Where the positions of a call go.
 
-    A call of B rows appends one position to each of the first B slots, at that slot's own length.
+    slots: of its rows. longest: the largest length of a row. width: keys that the call is given of each row. index:
+    (B, T) int64, where each position goes; None if all rows have the same length. rows: (B, 1), 0 … B − 1.
+    """
+
+    slots: slice
+    longest: int
+    width: int
+    rows: Tensor | None = None
+    index: Tensor | None = None
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer in buffers (slots, heads, capacity, head_dim); a slot is valid as far as its row.
+
+    A call of B rows of T positions appends to B neighbouring slots, at each slot's own length (see `SlotCache`).
     """
 
     is_sliding = False
     keys: Tensor
     values: Tensor
-    rows: Tensor
-    lengths: Tensor
+    place: Appending
 
     def __init__(self, num_slots: int, capacity: int) -> None:
         super().__init__()
         self.num_slots, self.capacity = num_slots, capacity
-        self.width = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -107,34 +121,50 @@ class SlotLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys[self.rows, :, self.lengths] = key_states.squeeze(2)
-        self.values[self.rows, :, self.lengths] = value_states.squeeze(2)
-        num_rows = len(self.rows)
-        return self.keys[:num_rows, :, : self.width], self.values[:num_rows, :, : self.width]
+        place = self.place
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            if place.index is None:
+                end = place.longest + states.shape[2]
+                buffer[place.slots, :, place.longest : end] = states
+            else:
+                buffer[place.slots][place.rows, :, place.index] = states.transpose(1, 2)
+        return self.keys[place.slots, :, : place.width], self.values[place.slots, :, : place.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.width, 0
+        return self.place.width, 0
 
     def get_seq_length(self) -> int:
-        return self.width - 1
+        return self.place.longest
 
     def get_max_length(self) -> int:
         return self.capacity
 
 
 class SlotCache(Cache):
-    """One `SlotLayer` for each decoder layer; rows enter and move at any time."""
+    """One `SlotLayer` for each decoder layer; rows enter and move at any time, and the caller knows their lengths.
+
+    What was appended counts only if the caller says so with the next call's lengths: that is how drafts are forgotten.
+    """
 
     layers: list[Any]  # SlotLayer each
 
     def __init__(self, num_layers: int, num_slots: int, capacity: int) -> None:
         super().__init__(layers=[SlotLayer(num_slots, capacity) for _ in range(num_layers)])
 
-    def append_at(self, lengths: Tensor, longest: int) -> None:
-        """Say before a call of B rows how many positions each has, (B,) int64, and the largest of these numbers."""
-        rows = torch.arange(len(lengths), device=lengths.device)
+    def append_at(self, lengths: Tensor | None, longest: int, num_positions: int = 1, slot: int = 0) -> None:
+        """Say before a call of B rows, in slots from `slot` on, of T = num_positions each, how long the rows are.
+
+        lengths: (B,) int64, and the largest of them; or None for a single row, of the length `longest`.
+        """
+        width = longest + num_positions
+        if lengths is None:
+            place = Appending(slice(slot, slot + 1), longest, width)
+        else:
+            rows = torch.arange(len(lengths), device=lengths.device).unsqueeze(1)
+            index = lengths.unsqueeze(1) + torch.arange(num_positions, device=lengths.device)
+            place = Appending(slice(slot, slot + len(lengths)), longest, width, rows, index)
         for layer in self.layers:
-            layer.rows, layer.lengths, layer.width = rows, lengths, longest + 1
+            layer.place = place
 
     def enter(self, slots: Tensor, prefilled: RollbackCache, rows: Tensor) -> None:
         """Copy rows of a prefilled cache to slots; what lies past a prompt's end is overwritten or masked."""
@@ -149,6 +179,14 @@ class SlotCache(Cache):
         for layer in self.layers:
             layer.keys[target, :, :length] = layer.keys[source, :, :length]
             layer.values[target, :, :length] = layer.values[source, :, :length]
+
+    def reserve(self, capacity: int) -> None:
+        """Room for rows of so many positions; what is there stays."""
+        for layer in self.layers:
+            extra = capacity - layer.capacity
+            layer.capacity = max(capacity, layer.capacity)
+            if layer.is_initialized and extra > 0:
+                layer.keys, layer.values = (nn.functional.pad(t, (0, 0, 0, extra)) for t in (layer.keys, layer.values))
 
 
 class PassCache(Cache):

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 
 from ptp.config import PTPConfig
 from ptp.decoding.decoder import Decoder
+from ptp.decoding.layout import RowLayout
 from ptp.decoding.requests import make_request
+from ptp.decoding.session import Session, Text, Verified
 from ptp.errors import DecodingError
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
@@ -23,19 +25,37 @@ def base(tiny_llama: Callable) -> PreTrainedModel:
     return tiny_llama(40)
 
 
+class OracleSession(Session):
+    """Drafts that are right but for a share `wrong` of them. truths: the texts to come, by their first token ids."""
+
+    truth: list[int]
+    wrong: float
+
+    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> Verified:
+        found = super()._call(texts, layouts)
+        for row, (text, layout) in enumerate(zip(texts, layouts, strict=True)):
+            begin = text.num_written + found.num_accepted[row] + 1
+            width = layout.widths[found.num_accepted[row]] - self.model.ptp_config.lead
+            drafts = self.truth[begin : begin + max(0, width)]
+            flips = [self.rng.random() < self.wrong for _ in drafts]
+            found.drafts[row] = [(token + flip) % 40 for token, flip in zip(drafts, flips, strict=True)]
+            found.confidences[row] = [1 - self.wrong / 2 for _ in drafts]
+        return found
+
+
 class OracleDecoder(Decoder):
     """Drafts that are right but for a share `wrong` of them."""
 
+    kind: type[OracleSession] = OracleSession
+
     def __init__(self, model: PTPModel, truth: list[int], budget: int, wrong: float = 0.0) -> None:
         super().__init__(model, SamplingRule(), budget)
-        self.truth, self.wrong, self.rng = truth, wrong, random.Random(sum(truth))
+        self.truth, self.wrong = truth, wrong
 
-    def _draft(self, logits: Tensor, u: Tensor) -> tuple[list[int], list[float]]:
-        begin = len(self.truth) - len(u)
-        drafts = self.truth[begin : begin + max(0, len(logits) - self.model.ptp_config.lead)]
-        flips = [self.rng.random() < self.wrong for _ in drafts]
-        confidences = [1 - self.wrong / 2 for _ in drafts]
-        return [(token + flip) % 40 for token, flip in zip(drafts, flips, strict=True)], confidences
+    def session(self, num_slots: int = 1) -> Session:
+        session = self.kind(self.model, self.rule, self.head, self.plan, num_slots, self.budget)
+        session.truth, session.wrong, session.rng = self.truth, self.wrong, random.Random(sum(self.truth))
+        return session
 
 
 @pytest.fixture(params=["categorical", "one_hot"])
@@ -100,16 +120,27 @@ def test_a_text_is_cut_at_an_end_token_in_the_midst_of_right_drafts(model: PTPMo
     assert sum(len(step.token_ids) for step in generation.steps) == len(generation.u) == length
 
 
-class SpyDecoder(OracleDecoder):
-    """Keeps the logits of every branch that came true with the number of tokens still to come behind its bonus."""
+class SpySession(OracleSession):
+    """Keeps the logits of every branch that came true with the number of its bonus token."""
 
-    def __init__(self, model: PTPModel, truth: list[int], budget: int) -> None:
-        super().__init__(model, truth, budget, wrong=0.3)
-        self.seen: list[tuple[Tensor, int]] = []
+    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> Verified:
+        found = super()._call(texts, layouts)
+        if found.drafts[0]:
+            self.seen.append((self.logits[0], texts[0].num_written + found.num_accepted[0]))
+        return found
 
-    def _draft(self, logits: Tensor, u: Tensor) -> tuple[list[int], list[float]]:
-        self.seen.append((logits.clone(), len(u)))
+    def _draft(self, logits: Tensor, u: Tensor) -> list[Tensor]:
+        self.logits = logits.clone()
         return super()._draft(logits, u)
+
+
+class SpyDecoder(OracleDecoder):
+    kind = SpySession
+
+    def session(self, num_slots: int = 1) -> Session:
+        session = super().session(num_slots)
+        session.seen = self.seen = []
+        return session
 
 
 @torch.no_grad()
@@ -121,15 +152,14 @@ def test_a_branch_that_came_true_is_the_training_window_behind_the_same_context(
     num_tokens = 40
     model = random_adapter(PTPModel(deepcopy(base), PTPConfig(variant=variant, anchor=anchor, window=8)), std=0.1)
     truth = Decoder(model, SamplingRule(), budget=0).generate(PROMPT, num_tokens, seed=4, end_token_ids=[])
-    decoder = SpyDecoder(model, truth.token_ids, budget=24)
+    decoder = SpyDecoder(model, truth.token_ids, budget=24, wrong=0.3)
     decoder.generate(PROMPT, num_tokens, seed=4, end_token_ids=[])
     ids = torch.tensor([PROMPT + truth.token_ids])
     # Intervals of no width are the numbers themselves.
     u = torch.tensor([[0.0] * len(PROMPT) + truth.u])
-    opened = [(logits, num_behind) for logits, num_behind in decoder.seen if len(logits)]
-    assert len(opened) > 3
-    for logits, num_behind in opened:
-        bonus = num_tokens - num_behind - 1
+    assert len(decoder.seen) > 3
+    lead = model.ptp_config.lead
+    for logits, bonus in decoder.seen:
         output = model(
             ids=ids,
             document=torch.zeros_like(ids),
@@ -140,7 +170,7 @@ def test_a_branch_that_came_true_is_the_training_window_behind_the_same_context(
             lower=u,
             upper=u,
         )
-        window = model.logits(output.windows)[0, : len(logits)]
+        window = model.logits(output.windows)[0, lead : lead + len(logits)]
         torch.testing.assert_close(logits, window, rtol=1e-3, atol=1e-3)
 
 
@@ -149,16 +179,14 @@ def test_a_branch_that_came_true_is_the_training_window_behind_the_same_context(
 def test_drafts_and_confidences_are_read_from_the_branch_with_the_numbers_of_their_own_places(
     base: PreTrainedModel, variant: str
 ) -> None:
-    decoder = Decoder(PTPModel(deepcopy(base), PTPConfig(variant=variant)), SamplingRule())
+    session = Decoder(PTPModel(deepcopy(base), PTPConfig(variant=variant)), SamplingRule()).session()
     logits = torch.tensor([[1.0, 1.0, 0.0, -9.0], [0.0, 2.0, 2.0, 1.0], [5.0, 0.0, 0.0, 0.0]])
-    u = torch.tensor([0.1, 0.5, 0.999, 0.3])
-    drafts, confidences = decoder._draft(logits, u)
+    u = torch.tensor([0.1, 0.5, 0.999])
+    drafts, confidences = (found[0].tolist() for found in session._draft(logits.unsqueeze(0), u.unsqueeze(0)))
     probs = logits.softmax(-1)
-    if variant == "one_hot":
-        assert drafts == [1, 0]
-        assert confidences == pytest.approx([probs[1, 1].item(), probs[2, 0].item()])
-        return
-    expected = [int((row.cumsum(0) <= number).sum()) for row, number in zip(probs, u[:3], strict=True)]
+    expected = probs.argmax(-1).tolist()
+    if variant == "categorical":
+        expected = [int((row.cumsum(0) <= number).sum()) for row, number in zip(probs, u, strict=True)]
     assert drafts == expected
     assert confidences == pytest.approx([row[token].item() for row, token in zip(probs, drafts, strict=True)])
 

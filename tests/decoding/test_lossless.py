@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptp.config import PTPConfig
-from ptp.decoding import decoder as decoder_module
+from ptp.decoding import session
 from ptp.decoding.decoder import Decoder, Generation
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import make_request
@@ -96,7 +96,7 @@ def test_the_text_is_what_plain_sampling_writes(
 def test_a_long_prompt_runs_ahead_in_chunks(
     bases: list[PreTrainedModel], random_adapter: Callable, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
-    monkeypatch.setattr(decoder_module, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(session, "PREFILL_CHUNK", 4)
     base = bases[0]
     model = random_adapter(PTPModel(deepcopy(base), PTPConfig(variant=variant)))
     for length in range(1, 14):

@@ -95,7 +95,5 @@ def test_an_adapter_of_a_quantised_model_is_not_one_of_the_model_in_full(
 
 
 def test_what_quantised_weights_cannot_do_is_one_clear_line(directory: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^weights of 8 or 4 bits have no merged copy; decode with merge=False$"):
-        Decoder(adapted(load_base_model(str(directory))), merge=True)
     with pytest.raises(ConfigError, match=r"^weights of 8 or 4 bits cannot train; set model.trained to lora$"):
         StudentModel(load_base_model(str(directory)), PTPConfig(trained="all"), "teacher", "fingerprint")

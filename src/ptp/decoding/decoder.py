@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ptp.cache import RollbackCache
-from ptp.decoding.allocation import allocate
-from ptp.decoding.layout import CallLayout, call_mask, window_rows
+from ptp.decoding.allocation import Allocation, Profile, allocate, fixed
 from ptp.decoding.requests import Request, make_request
+from ptp.decoding.session import Session, Step, Text
 from ptp.errors import ConfigError
 from ptp.model.gated_lora import lora_layers
+from ptp.model.head import output_head
 from ptp.model.ptp_model import PTPModel, check_decodable
-from ptp.sampling import SamplingRule, pick, probability, warp
+from ptp.sampling import SamplingRule
 
 logger = logging.getLogger(__name__)
-
-PREFILL_CHUNK = 512
-"""Prompt tokens run ahead of the first call at a time, so that its mask stays small."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one call settled. token_ids: verified tokens, in order; the first num_accepted of them had been drafted.
-
-    u: their numbers. num_drafts: draft tokens the call verified.
-    """
-
-    token_ids: list[int]
-    u: list[float]
-    num_accepted: int
-    num_drafts: int
 
 
 @dataclass(frozen=True)
@@ -78,23 +61,22 @@ class Generation:
 class Decoder:
     """Writes several tokens per call; the text is what the base model alone would have sampled with the same u.
 
-    model: a PTP model. rule: how tokens are sampled (default: the rule the adapter was trained for, else
-    temperature 1). budget: positions a call may spend on drafts and branches; 0 is plain decoding. merge: keep merged
-    copies of the adapted weights for the window positions, which doubles the memory of those layers and makes the
-    calls of a small model faster; the text is the same.
+    model: a PTP model, whose weights must not change any more. rule: how tokens are sampled (default: the rule the
+    adapter was trained for, else temperature 1). budget: positions a call may spend on a text's drafts and branches;
+    0 is plain decoding.
     """
 
-    def __init__(
-        self, model: PTPModel, rule: SamplingRule | None = None, budget: int = 24, merge: bool = False
-    ) -> None:
+    def __init__(self, model: PTPModel, rule: SamplingRule | None = None, budget: int = 24) -> None:
         if budget < 0:
             raise ConfigError(f"budget must be 0 (plain decoding) or a positive number of positions; got {budget}")
         check_decodable(model.ptp_config)
         self.model = model.eval()
         for layer in lora_layers(model.base_model).values():
-            layer.merge() if merge else layer.unmerge()
+            layer.join()
+        self.head = output_head(model.base_model)
         self.rule = rule or model.rule or SamplingRule()
         self.budget = budget
+        self.profile = Profile(model.survival, model.ptp_config.lead)
         if model.rule is not None and self.rule != model.rule:
             logger.warning(
                 "the adapter was trained for %s; under %s the text is as right, but fewer drafts are accepted",
@@ -118,79 +100,49 @@ class Decoder:
         request = make_request(self.model.base_model, prompt_ids, max_new_tokens, seed, sequence, end_token_ids)
         return Generation.of(list(self.steps(request)), request)
 
-    @torch.inference_mode()
-    def steps(self, request: Request) -> Iterator[Step]:
-        """The decoding loop: allocate → layout → call → verify → commit → draft. Yields each call's verified tokens."""
-        lead = self.model.ptp_config.lead
-        tokens = list(request.prompt_ids)
-        cache = RollbackCache(self.model.num_layers, len(tokens) + request.max_new_tokens + self.budget)
-        pending = self._prefill(tokens, cache)
-        embedded_u = self.model.embed_u(request.u)
-        drafts: list[int] = []
-        confidences: list[float] = []
-        while True:
-            plan = allocate(confidences, self.model.survival, self.budget, request.num_remaining(tokens), lead)
-            drafts = drafts[: plan.num_drafts]
-            layout = CallLayout(len(pending), len(drafts), tuple(w + lead if w else 0 for w in plan.widths))
-            done = len(tokens) - len(request.prompt_ids)
-            u = request.u[done:]
-            logits = self._call(layout, pending + drafts, embedded_u[done:], cache)
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int = 128,
+        seed: int = 0,
+        end_token_ids: Sequence[int] | None = None,
+        batch_size: int = 8,
+    ) -> list[Generation]:
+        """Complete prompts, up to `batch_size` of them in one call; prompt i is the sequence i of the seed.
 
-            true_tokens = pick(warp(logits[: len(drafts) + 1], self.rule), u[: len(drafts) + 1]).tolist()
-            num_accepted = next((i for i, draft in enumerate(drafts) if draft != true_tokens[i]), len(drafts))
-            verified = request.cut(true_tokens[: num_accepted + 1])
-            yield Step(verified, u[: len(verified)].tolist(), min(num_accepted, len(verified)), len(drafts))
-
-            tokens += verified
-            if request.is_finished(tokens):
-                return
-            cache.rollback(len(tokens) - 1)
-            pending = tokens[-1:]
-            start, end = (row - layout.num_pending + 1 for row in layout.branch_rows(num_accepted))
-            drafts, confidences = self._draft(logits[start:end], u[num_accepted + 1 :])
-
-    def _prefill(self, tokens: list[int], cache: RollbackCache) -> list[int]:
-        """Cache all but the last stretch of a long prompt; returns the tokens left for the first call."""
-        done = 0
-        while len(tokens) - done > PREFILL_CHUNK:
-            self._call(CallLayout(PREFILL_CHUNK, 0, (0,)), tokens[done : done + PREFILL_CHUNK], torch.empty(0), cache)
-            done += PREFILL_CHUNK
-        return tokens[done:]
-
-    def _call(self, layout: CallLayout, verify: list[int], embedded_u: Tensor, cache: RollbackCache) -> Tensor:
-        """Logits (1 + drafts + window rows, V) of a call: the last pending row, the draft rows, the branches.
-
-        verify: pending and draft tokens. embedded_u: (places, H), of the tokens to come, the first not yet accepted
-        first.
+        Each text is what `generate` makes of its prompt alone. One that ends gives its place to the next.
         """
-        model, device = self.model, self.model.device
-        num_cached = cache.get_seq_length()
-        inputs = torch.tensor([verify], device=device)
-        positions = torch.arange(num_cached, num_cached + len(verify), device=device)
-        gate_start = None
-        if layout.num_rows > layout.gate_start:
-            rows = window_rows(layout.widths, device)
-            # Branch b takes the last pending token and b drafts as accepted; the last of these is its anchor.
-            anchor = inputs[0, layout.num_pending - 1 :][rows.branch]
-            window = model.add_anchor(embedded_u[rows.place], anchor, rows.first)
-            inputs = torch.cat([model.token_embedding(inputs), window.unsqueeze(0)], dim=1)
-            first_open = num_cached + layout.num_pending
-            positions = torch.cat([positions, rows.place + (first_open + model.ptp_config.shift)])
-            gate_start = layout.gate_start
-        return model.call(
-            inputs,
-            positions.unsqueeze(0),
-            call_mask(layout, num_cached, device),
-            cache,
-            gate_start,
-            logits_to_keep=layout.num_rows - layout.num_pending + 1,
-        )[0]
+        requests = [
+            make_request(self.model.base_model, prompt, max_new_tokens, seed, number, end_token_ids)
+            for number, prompt in enumerate(prompts)
+        ]
+        steps: list[list[Step]] = [[] for _ in requests]
+        for number, step in self.steps_of(requests, batch_size):
+            steps[number].append(step)
+        return [Generation.of(*pair) for pair in zip(steps, requests, strict=True)]
 
-    def _draft(self, logits: Tensor, u: Tensor) -> tuple[list[int], list[float]]:
-        """Drafts and their confidences from the rows of the branch that came true. u: from the first draft's on."""
-        if self.model.ptp_config.variant == "one_hot":
-            best = logits[1:].float().softmax(-1).max(-1)
-            return best.indices.tolist(), best.values.tolist()
-        distribution = warp(logits, self.rule)
-        drafts = pick(distribution, u[: len(logits)])
-        return drafts.tolist(), probability(distribution, drafts).tolist()
+    def steps(self, request: Request) -> Iterator[Step]:
+        """What each call settles of one request."""
+        return (step for _, step in self.steps_of([request], 1))
+
+    def steps_of(self, requests: Iterable[Request], batch_size: int) -> Iterator[tuple[int, Step]]:
+        """What each call settles, with the number of the request; requests are taken as places become free."""
+        session, waiting = self.session(batch_size), enumerate(requests)
+        numbers: dict[Text, int] = {}
+        upcoming = next(waiting, None)
+        while upcoming or session.texts:
+            while upcoming and not session.is_full:
+                number, request = upcoming
+                numbers[session.enter(request)] = number
+                upcoming = next(waiting, None)
+            for text, step in session.step():
+                yield numbers[text], step
+
+    def session(self, num_slots: int = 1) -> Session:
+        """Places for requests to come and go in, such as the turns of a chat or what clients of a server ask."""
+        return Session(self.model, self.rule, self.head, self.plan, num_slots, self.budget)
+
+    def plan(self, texts: Sequence[Text]) -> list[Allocation]:
+        """What the next call does for each text (METHOD §4, step 4)."""
+        price = fixed(self.budget)
+        return [allocate(text.confidences, self.profile, price, text.num_remaining) for text in texts]

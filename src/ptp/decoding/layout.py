@@ -1,70 +1,99 @@
 """The positions of one decoding call and what each may attend to (METHOD §4).
 
-    row    0 … p−1      p … p+m−1     then for b = 0 … m
-           pending      drafts        branch b, w_b positions
-           gate off     gate off      gate on
+    row    0 … p−1      p … p+m−1     (padding)     then for b = 0 … m       (padding)
+           pending      drafts                      branch b, w_b positions
+           gate off     gate off      gate off      gate on                  gate on
 
 Pending tokens are accepted but not yet cached: the prompt in the first call, the last token later. Their last row
-and the draft rows verify. Branch b is written for the case that exactly b drafts are accepted.
+and the draft rows verify. Branch b is written for the case that exactly b drafts are accepted. Texts that are decoded
+together have layouts of their own, padded to one shape.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
-class CallLayout:
-    """num_pending: p ≥ 1. num_drafts: m. widths: window positions of branches 0 … m."""
+class RowLayout:
+    """One text's share of a call. num_pending: p ≥ 1. num_drafts: m. widths: window positions of branches 0 … m."""
 
     num_pending: int
     num_drafts: int
     widths: tuple[int, ...]
 
     @property
-    def gate_start(self) -> int:
-        """First gated row."""
+    def num_verify(self) -> int:
+        """Positions that pass through the base model's own weights."""
         return self.num_pending + self.num_drafts
 
     @property
-    def num_rows(self) -> int:
-        return self.gate_start + sum(self.widths)
-
-    def branch_rows(self, branch: int) -> tuple[int, int]:
-        """Half-open range of a branch's rows."""
-        start = self.gate_start + sum(self.widths[:branch])
-        return start, start + self.widths[branch]
+    def num_window(self) -> int:
+        return sum(self.widths)
 
 
 @dataclass(frozen=True)
-class WindowRows:
-    """Per window row of a layout, (Σ w,) tensors.
+class CallShape:
+    """Positions of every text in a call: [0, gate_start) with the gate shut, then num_window gated ones."""
 
-    branch: b. place: b + k for window index k, the place of the row's u counted from the first token not yet
-    accepted. first: k == 0.
+    gate_start: int
+    num_window: int
+
+    @property
+    def num_positions(self) -> int:
+        return self.gate_start + self.num_window
+
+    @classmethod
+    def of(cls, layouts: Sequence[RowLayout]) -> CallShape:
+        """The smallest shape that holds the layouts."""
+        return cls(max(row.num_verify for row in layouts), max(row.num_window for row in layouts))
+
+
+@dataclass(frozen=True)
+class CallLayout:
+    """The layouts of B texts in one shape of T = gate_start + W positions. Padding is 0, and sees itself alone.
+
+    offset: (B, T) int64, distance of a position from the first that is not cached. sees: (B, T, T) bool, which of the
+    call's positions each sees; texts see all of their own cache besides. place: (B, W) int64, b + k for index k of
+    branch b: the place of the position's u, counted from the first token not yet accepted. anchor: (B, W) int64,
+    the position of the last token that the branch takes as accepted. first: (B, W) bool, k == 0. starts, widths:
+    (B, branches) int64, where each branch begins and how many positions it has. verify: (B, 1 + drafts) int64, the
+    positions that verify, the last repeated. num_drafts: (B,) int64.
     """
 
-    branch: Tensor
+    offset: Tensor
+    sees: Tensor
     place: Tensor
+    anchor: Tensor
     first: Tensor
+    starts: Tensor
+    widths: Tensor
+    verify: Tensor
+    num_drafts: Tensor
 
 
-@lru_cache(maxsize=4096)
-def window_rows(widths: tuple[int, ...], device: torch.device) -> WindowRows:
-    """The window rows of branches of these widths."""
-    pairs = [(branch, k) for branch, width in enumerate(widths) for k in range(width)]
-    branch, index = torch.tensor(pairs, dtype=torch.int64, device=device).reshape(-1, 2).unbind(1)
-    return WindowRows(branch, branch + index, index == 0)
+def call_layout(rows: Sequence[RowLayout], shape: CallShape, shift: int, device: torch.device) -> CallLayout:
+    """The layouts of several texts as one. shift: see `PTPConfig.shift`."""
+    num_branches = 1 + max(row.num_drafts for row in rows)
+    # Layouts behind a single pending token come back again and again; those of prompts are large and do not.
+    parts = [
+        (_kept_layout if row.num_pending == 1 else row_layout)(row, shape, num_branches, shift, device) for row in rows
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return CallLayout(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(CallLayout)))
 
 
-def local_mask(layout: CallLayout, device: torch.device) -> Tensor:
-    """What the rows of a call see of each other, (rows, rows) bool; every row sees the whole cache besides.
+def row_layout(row: RowLayout, shape: CallShape, num_branches: int, shift: int, device: torch.device) -> CallLayout:
+    """The layout of one text in a larger shape. What its positions see of each other:
 
-    One pending token a, drafts d e, branches of widths 2, 1, 1 (rows and columns a d e 0 0 1 2):
+    one pending token a, drafts d e, branches of widths 2, 1, 1 (rows and columns a d e 0 0 1 2), without padding
 
         a  1 . . . . . .
         d  1 1 . . . . .
@@ -74,23 +103,70 @@ def local_mask(layout: CallLayout, device: torch.device) -> Tensor:
         1  1 1 . . . 1 .
         2  1 1 1 . . . 1
     """
-    mask = torch.zeros(layout.num_rows, layout.num_rows, dtype=torch.bool)
-    verify = layout.gate_start
-    mask[:verify, :verify] = torch.ones(verify, verify).tril().bool()
-    for branch, width in enumerate(layout.widths):
-        start, end = layout.branch_rows(branch)
-        mask[start:end, : layout.num_pending + branch] = True
-        mask[start:end, start:end] = torch.ones(width, width).tril().bool()
-    return mask.to(device)
+    # Lists and numpy: a layout that is new costs a tenth of what it does in tensor operations.
+    sees = np.eye(shape.num_positions, dtype=bool)
+    sees[: row.num_verify, : row.num_verify] = np.tri(row.num_verify, dtype=bool)
+    place, anchor, first, starts = [], [], [], []
+    start = shape.gate_start
+    for branch, width in enumerate(row.widths):
+        end, last = start + width, row.num_pending - 1 + branch
+        sees[start:end, : last + 1] = True
+        sees[start:end, start:end] = np.tri(width, dtype=bool)
+        place += range(branch, branch + width)
+        anchor += [last] * width
+        first += [k == 0 for k in range(width)]
+        starts.append(start)
+        start = end
+    verify = _padded(list(range(row.num_verify)), shape.gate_start)
+    offset = verify + _padded([row.num_pending + step + shift for step in place], shape.num_window)
+    verifies = [min(row.num_pending - 1 + branch, row.num_verify - 1) for branch in range(num_branches)]
+
+    def tensor(values: object) -> Tensor:
+        return torch.as_tensor(values, device=device).unsqueeze(0)
+
+    return CallLayout(
+        offset=tensor(offset),
+        sees=tensor(sees),
+        place=tensor(_padded(place, shape.num_window)),
+        anchor=tensor(_padded(anchor, shape.num_window)),
+        first=tensor(_padded(first, shape.num_window)).bool(),
+        starts=tensor(_padded(starts, num_branches)),
+        widths=tensor(_padded(list(row.widths), num_branches)),
+        verify=tensor(verifies),
+        num_drafts=tensor(row.num_drafts),
+    )
 
 
-_kept_mask = lru_cache(maxsize=4096)(local_mask)
+_kept_layout = lru_cache(maxsize=4096)(row_layout)
 
 
-def call_mask(layout: CallLayout, num_cached: int, device: torch.device) -> Tensor | None:
-    """(1, 1, rows, cached + rows) bool; None for a single row, which sees everything."""
-    if layout.num_rows == 1:
-        return None
-    # Layouts behind a single pending token come back again and again; those of prompts are large and do not.
-    local = (_kept_mask if layout.num_pending == 1 else local_mask)(layout, device)
-    return torch.nn.functional.pad(local, (num_cached, 0), value=True)[None, None]
+def _padded(values: list[int], size: int) -> list[int]:
+    """Zeros behind values, up to a size."""
+    return values + [0] * (size - len(values))
+
+
+def call_mask(layout: CallLayout, cached: Sequence[int], lengths: Tensor) -> Tensor | None:
+    """(B, 1, T, longest + T) bool, which of the keys each position sees; None for one position, which sees all.
+
+    cached: tokens of each text that are cached; lengths: the same on the device, (B,) int64. A text's keys are those
+    cached, then this call's.
+    """
+    sees = layout.sees
+    num_positions, longest = sees.shape[-1], max(cached)
+    if min(cached) == longest:
+        if num_positions == 1:
+            return None
+        return torch.nn.functional.pad(sees, (longest, 0), value=True).unsqueeze(1)
+    own = torch.arange(longest + num_positions, device=lengths.device) - lengths.unsqueeze(1)
+    index = own.clamp(0, num_positions - 1).unsqueeze(1).expand(-1, num_positions, -1)
+    seen = sees.gather(2, index) & (own < num_positions).unsqueeze(1)
+    return (seen | (own < 0).unsqueeze(1)).unsqueeze(1)
+
+
+def key_positions(layout: CallLayout, cached: Sequence[int], lengths: Tensor) -> Tensor:
+    """(B, longest + T) int64, at which position of its text each key of `call_mask` stands."""
+    num_positions, longest = layout.offset.shape[-1], max(cached)
+    place = torch.arange(longest + num_positions, device=lengths.device)
+    own = place - lengths.unsqueeze(1)
+    positions = layout.offset.gather(1, own.clamp(0, num_positions - 1)) + lengths.unsqueeze(1)
+    return torch.where(own < 0, place, positions)

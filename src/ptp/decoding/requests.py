@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -24,6 +25,11 @@ class Request:
     max_new_tokens: int
     end_token_ids: frozenset[int]
     u: Tensor
+
+    @cached_property
+    def u_values(self) -> list[float]:
+        """u on the host."""
+        return self.u.tolist()
 
     def num_remaining(self, tokens: Sequence[int]) -> int:
         """Tokens still to be written, given all tokens so far."""

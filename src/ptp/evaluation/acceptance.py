@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ptp.decoding.allocation import allocate
+from ptp.decoding.allocation import Profile, allocate, fixed
 
 SIMULATED_CALLS = 1000
 """Of a text so long that its start does not matter."""
@@ -23,7 +23,8 @@ def simulated_tokens_per_call(
     """
     window = len(survival)
     rates = [s / before if before > 0 else 0.0 for s, before in zip(survival, [1.0, *survival], strict=False)]
-    plans = [allocate(rates[:m], survival, budget, remaining=10**6, lead=lead) for m in range(window + 1)]
+    profile = Profile(tuple(survival), lead)
+    plans = [allocate(rates[:m], profile, fixed(budget), remaining=10**6) for m in range(window + 1)]
     following, tokens = np.zeros((window + 1, window + 1)), np.ones(window + 1)
     for m, plan in enumerate(plans):
         reached = [1.0, *survival[: plan.num_drafts], 0.0]

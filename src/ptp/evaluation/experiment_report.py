@@ -47,7 +47,7 @@ def verify_experiment(
     model = PTPModel.from_pretrained(experiment.directory, dtype=dtype)
     prompts = validation_prompts(experiment, num_prompts)
     small = plain_model.num_parameters() < SMALL_MODEL
-    decoder = Decoder(model, experiment.config.sampling, budget, merge=small)
+    decoder = Decoder(model, experiment.config.sampling, budget)
     comparisons = []
     with decoding_threads(plain_model.num_parameters()):
         # One prompt unmeasured: the first calls of a process pay for what later ones reuse.

@@ -81,7 +81,7 @@ def measure(experiment: Experiment, budget: int, progress: Progress = unheard) -
     """
     model = PTPModel.from_pretrained(experiment.directory, dtype=experiment.config.train.dtype)
     num_parameters = model.base_model.num_parameters()
-    decoder = Decoder(model, experiment.config.sampling, budget, merge=num_parameters < SMALL_MODEL)
+    decoder = Decoder(model, experiment.config.sampling, budget)
     prompts = validation_prompts(experiment, NUM_PROMPTS)
     generations = []
     with decoding_threads(num_parameters):

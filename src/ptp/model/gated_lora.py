@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ptp.errors import ConfigError
-from ptp.model.loading import is_packed
 
 LATENT_EXPANSION = "kv_b_proj"
 """What transformers calls the layer that makes keys and values of the latent ones in the cache."""
@@ -44,6 +44,19 @@ class Gate:
             self.start, self.length = before
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A gated layer laid out for decoding, in the dtype of the base weight.
+
+    weight: (out + rank, in), the base's above lora_A. bias: (out + rank,), zero for lora_A. up: (rank, out), lora_B
+    transposed and scaled.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    up: Tensor
+
+
 class GatedLoRA(nn.Module):
     """A frozen linear layer plus scale · B·A on gated positions. Input (..., T, in), output (..., T, out)."""
 
@@ -53,28 +66,28 @@ class GatedLoRA(nn.Module):
         self.base = base
         self.gate = gate
         self.scale = alpha / rank
-        self.merged: Tensor | None = None
+        self.joined: Joined | None = None
         device = base.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Keep base weight + scale · B·A as a copy for gated positions, (out, in) in the base's dtype.
+    def join(self) -> None:
+        """Lay lora_A below the base weight, so that a decoding call computes both in one product of all positions.
 
-        Takes the memory of the layer once more; faster where a call is bound by the number of its operations. Forgotten
-        by `unmerge`; weights changed after merging do not count. Raises `ConfigError` for quantised weights.
+        The base weight itself moves into the joined matrix: no memory is taken but lora_A's. Weights that change
+        afterwards do not count until it is joined anew. A base that is no plain `nn.Linear` (transposed, quantised)
+        stays as it is, and its update is computed beside it.
         """
-        if is_packed(self.base.weight):
-            raise ConfigError("weights of 8 or 4 bits have no merged copy; decode with merge=False")
-        weight: Tensor = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
-        update = self.scale * (self.lora_B.float() @ self.lora_A.float())
-        self.merged = (weight.float() + update).to(weight.dtype)
-
-    def unmerge(self) -> None:
-        """Give the memory of the merged copy back."""
-        self.merged = None
+        if type(self.base) is not nn.Linear:
+            return
+        base, dtype = self.base, self.base.weight.dtype
+        weight = torch.cat([base.weight, self.lora_A.to(dtype)])
+        base.weight.data = weight[: base.out_features]
+        bias = None if base.bias is None else torch.cat([base.bias, base.bias.new_zeros(len(self.lora_A))])
+        up = (self.scale * self.lora_B).to(dtype).t().contiguous()
+        self.joined = Joined(weight, bias, up)
 
     def forward(self, x: Tensor) -> Tensor:
         start = self.gate.start
@@ -83,20 +96,30 @@ class GatedLoRA(nn.Module):
         if start > 0 and x.dim() == 2:
             assert self.gate.length is not None, "the length of the call is not known"
             return self(x.unflatten(0, (-1, self.gate.length))).flatten(0, 1)
-        if start > 0 and self.merged is not None:
-            window = nn.functional.linear(x[..., start:, :], self.merged, self.base.bias)
-            return torch.cat([self.base(x[..., :start, :]), window], dim=-2)
+        if start > 0 and (joined := self.joined) is not None:
+            both = nn.functional.linear(x, joined.weight, joined.bias)
+            size = joined.up.shape[1]
+            _add_update(both[:, start:, :size], both[:, start:, size:], joined.up)
+            return both[..., :size]
         lora_A: Tensor = self.lora_A
         lora_B: Tensor = self.lora_B
         if lora_A.dtype != x.dtype:
             lora_A, lora_B = lora_A.to(x.dtype), lora_B.to(x.dtype)
+        down = self.scale * nn.functional.linear(x[:, start:], lora_A)
         if start == 0:
-            return self.base(x) + nn.functional.linear(self.scale * nn.functional.linear(x, lora_A), lora_B)
+            return self.base(x) + nn.functional.linear(down, lora_B)
         y = self.base(x)
-        # A decoding call, in place and with the fewest operations: small models spend their time between them.
-        for row in range(x.shape[0]):
-            y[row, start:].addmm_(nn.functional.linear(x[row, start:], lora_A), lora_B.t(), alpha=self.scale)
+        _add_update(y[:, start:], down, lora_B.t())
         return y
+
+
+def _add_update(y: Tensor, down: Tensor, up: Tensor) -> None:
+    """Add down (B, T, rank) @ up (rank, out) to y (B, T, out), in place."""
+    if len(y) == 1:
+        # One operation: small models spend their time between them.
+        y[0].addmm_(down[0], up)
+    else:
+        y += down @ up
 
 
 def linear_shape(layer: nn.Linear | Conv1D) -> tuple[int, int]:

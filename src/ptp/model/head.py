@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from ptp.sampling import LogitsOf
 
 ROWS = 512
 """Rows of logits in memory at a time."""
@@ -52,6 +55,17 @@ def project(base_model: PreTrainedModel, hidden: Tensor) -> Tensor:
         return base_model(inputs_embeds=rows, use_cache=False).logits.view(*hidden.shape[:-1], -1)
     finally:
         del decoder.forward
+
+
+def output_head(base_model: PreTrainedModel) -> LogitsOf:
+    """`project` for one model, by its output embeddings alone where nothing follows them: a call costs far less."""
+    embeddings = base_model.get_output_embeddings()
+    weight = base_model.get_input_embeddings().weight
+    with torch.no_grad():
+        probe = torch.randn(2, weight.shape[1], device=weight.device).to(weight.dtype)
+        if torch.equal(embeddings(probe), project(base_model, probe)):
+            return embeddings
+    return partial(project, base_model)
 
 
 def summed_loss(base_model: PreTrainedModel, hidden: Tensor, row_loss: RowLoss) -> Tensor:

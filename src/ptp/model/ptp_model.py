@@ -157,6 +157,11 @@ class PTPModel(nn.Module):
         return self.base_model.config.get_text_config().num_hidden_layers
 
     @property
+    def sees_all(self) -> bool:
+        """Whether every layer sees the whole text."""
+        return all(kind.is_full for kind in self.layer_kinds)
+
+    @property
     def token_embedding(self) -> nn.Embedding:
         return cast(nn.Embedding, self.base_model.get_input_embeddings())
 
@@ -207,14 +212,17 @@ class PTPModel(nn.Module):
         self,
         inputs: Tensor,
         positions: Tensor,
-        mask: Mask | Tensor,
+        mask: Mask | Tensor | None,
         cache: Cache,
         gate_start: int | None = None,
         key_positions: Tensor | None = None,
     ) -> Tensor:
         """A call as `call` makes it, without the output head. Returns hidden states (B, T, H)."""
         checkpoints = self.gradient_checkpointing and torch.is_grad_enabled()
-        with self.gate.opened(gate_start), checkpointed(self.base_model, self.gate) if checkpoints else nullcontext():
+        with (
+            self.gate.opened(gate_start, inputs.shape[1]),
+            checkpointed(self.base_model, self.gate) if checkpoints else nullcontext(),
+        ):
             named = self._named(inputs, positions, mask, cache, key_positions)
             return layers_of(self.base_model)(**named).last_hidden_state
 
