@@ -18,7 +18,7 @@ from ptp.cache import RollbackCache
 from ptp.errors import ConfigError
 from ptp.layer_kinds import ATTENTION, LayerKind, context_length, layer_kinds
 from ptp.model.gated_lora import Gate, lora_layers
-from ptp.model.head import layers_of
+from ptp.model.head import layers_of, project
 from ptp.model.loading import is_quantized, load_config
 
 ALIBI = {"bloom", "mpt"}
@@ -119,14 +119,14 @@ def _short_call(
 
     def call(ids: Tensor, positions: Tensor, mask: Tensor, key_positions: Tensor, gate_start: int | None) -> Tensor:
         with gate.opened(gate_start, ids.shape[1]):
-            return base_model(
+            hidden = layers_of(base_model)(
                 input_ids=ids,
                 position_ids=positions,
                 attention_mask=layer_masks(base_model, mask.unsqueeze(1), kinds, positions, key_positions),
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=ids.shape[1],
-            ).logits
+            ).last_hidden_state
+        return project(base_model, hidden)
 
     cached = torch.tensor([[0, 1], [0, 0]], device=device)
     first = torch.tensor([[[True, False], [True, True]], [[True, False], [False, True]]], device=device)

@@ -35,9 +35,11 @@ class _LayersOutput(BaseModelOutputWithPastAndCrossAttentions):
 
 def layers_of(base_model: PreTrainedModel) -> nn.Module:
     """The model below the output head."""
-    decoder = base_model.get_decoder()
-    # transformers looks under the name of the checkpoint's prefix, which is not always that of the module (Llama 4).
-    return base_model.get_submodule("model") if decoder is base_model else decoder
+    found = base_model.get_decoder()
+    # transformers finds the model itself where a checkpoint's prefix is not the module's name (Llama 4), and the
+    # output head where that is called decoder (ModernBERT).
+    misses = found is base_model or found is base_model.get_output_embeddings()
+    return base_model.get_submodule("model") if misses else found
 
 
 def project(base_model: PreTrainedModel, hidden: Tensor) -> Tensor:
