@@ -269,7 +269,7 @@ class PTPModel(nn.Module):
         """
         cache = PassCache()
         with nullcontext() if self.learns_to_read else torch.no_grad():
-            context = self.read(ids, positions, context_mask(document), cache, key_positions=positions)
+            context = self.read(ids, positions, context_mask(document), cache)
         if inverse:
             u, mass = self._own_u(context, ids, document, positions, span, starts, z, cache), span >= 0
         else:
