@@ -20,8 +20,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
 )
 
 from ptp.config import DataConfig, Mode, PregenerateConfig, PTPConfig, TrainConfig
@@ -90,30 +88,6 @@ def tiny_gpt2() -> Callable[..., GPT2LMHeadModel]:
             pad_token_id=2,
         )
         return GPT2LMHeadModel(config).eval()
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def tiny_mistral() -> Callable[..., MistralForCausalLM]:
-    """Makes a Mistral, whose attention slides: a token sees the last `sliding_window` ones only."""
-
-    def make(vocab_size: int = 40, hidden: int = 32, sliding_window: int = 4, seed: int = 0) -> MistralForCausalLM:
-        torch.manual_seed(seed)
-        config = MistralConfig(
-            vocab_size=vocab_size,
-            hidden_size=hidden,
-            intermediate_size=2 * hidden,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            initializer_range=0.3,
-            sliding_window=sliding_window,
-            bos_token_id=0,
-            eos_token_id=[1],
-            pad_token_id=2,
-        )
-        return MistralForCausalLM(config).eval()
 
     return make
 

@@ -3,10 +3,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from architectures import FAMILIES
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from trainings import RULE, loss_and_gradients, random_batch
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from ptp import attention
 from ptp.attention import FLEX, attend, use_flex_attention
@@ -31,10 +32,20 @@ def backward_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_model(tiny_llama: Callable, tiny_gpt2: Callable, random_adapter: Callable) -> Callable[..., PTPModel]:
     def make(base: str = "llama", attention: str = "sdpa", **settings: object) -> PTPModel:
         torch.manual_seed(0)
-        bases = {"llama": lambda: tiny_llama(attention=attention), "gpt2": tiny_gpt2, "opt": tiny_opt}
+        bases = {
+            "llama": lambda: tiny_llama(attention=attention),
+            "gpt2": tiny_gpt2,
+            "opt": tiny_opt,
+            "gemma3": tiny_gemma3,
+        }
         return random_adapter(PTPModel(bases[base](), PTPConfig(window=WINDOW, lora_rank=4, **settings)), std=0.1)
 
     return make
+
+
+def tiny_gemma3() -> PreTrainedModel:
+    """A sliding window in one layer, the whole text in the other."""
+    return next(family for family in FAMILIES if family.model_type == "gemma3_text").make()
 
 
 def tiny_opt() -> OPTForCausalLM:
@@ -66,7 +77,7 @@ def test_flex_attention_and_sdpa_give_the_same(num_heads: int, num_key_value_hea
     torch.testing.assert_close(blockwise, dense, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("base", ["llama", "opt"])
+@pytest.mark.parametrize("base", ["llama", "opt", "gemma3"])
 @pytest.mark.parametrize("variant", ["one_hot", "categorical"])
 def test_loss_and_gradients_are_the_same_with_flex_attention_and_sdpa(
     make_model: Callable, backward_on_cpu: None, base: str, variant: str

@@ -10,7 +10,19 @@ HEAVY = {"datasets", "openai", "questionary", "tensorboard", "ptp.cli.questions"
 """Needed by few commands, and slow to import: they are imported where they are used."""
 
 SOURCE = Path(ptp.__file__).parent
-FOUNDATION = {"sampling", "calibration", "config", "errors", "records", "files", "processes", "cache", "attention"}
+FOUNDATION = {
+    "sampling",
+    "calibration",
+    "config",
+    "errors",
+    "records",
+    "files",
+    "processes",
+    "cache",
+    "attention",
+    "layer_kinds",
+    "gpt_neo",
+}
 ALLOWED = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),
     "scaling": FOUNDATION,

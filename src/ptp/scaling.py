@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
-from ptp.attention import context_length
 from ptp.config import StudentConfig
+from ptp.layer_kinds import context_length
 
 LADDER = {
     "66k": StudentConfig(hidden_size=64, num_layers=1, num_heads=1),

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable
-from contextlib import suppress
 from copy import deepcopy
 
 import numpy as np
@@ -18,7 +17,6 @@ from ptp.decoding import session
 from ptp.decoding.decoder import Decoder, Generation
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import make_request
-from ptp.errors import PTPError
 from ptp.model.auxiliary import EMBEDDINGS
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
@@ -128,14 +126,6 @@ def test_a_text_ends_with_the_model_s_context(bases: list[PreTrainedModel], rand
     generation = Decoder(model, budget=40).generate(PROMPT, 500, end_token_ids=[])
     assert len(PROMPT) + len(generation.token_ids) == base.config.n_positions
     assert generation.finish_reason == "length"
-
-
-def test_sliding_attention_is_served_right_or_refused(tiny_mistral: Callable, random_adapter: Callable) -> None:
-    base = tiny_mistral(sliding_window=4)
-    expected = decode_plainly(base, make_request(base, PROMPT, 40, seed=0), SamplingRule())
-    with suppress(PTPError):
-        model = random_adapter(PTPModel(deepcopy(base), PTPConfig()))
-        assert Decoder(model).generate(PROMPT, 40).token_ids == expected
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

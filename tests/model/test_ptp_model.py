@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -14,7 +13,6 @@ from ptp.config import PTPConfig
 from ptp.data.documents import Document, Documents
 from ptp.data.packing import WindowStream, collate
 from ptp.data.teacher import Prompt, sample_completions
-from ptp.errors import PTPError
 from ptp.model.auxiliary import EMBEDDINGS
 from ptp.model.ptp_model import PTPModel, dividing
 from ptp.sampling import SamplingRule, interval, token_intervals, warp
@@ -216,15 +214,6 @@ def test_a_window_may_run_past_the_end_of_a_document_as_long_as_the_model_s_cont
 ) -> None:
     model = PTPModel(tiny_gpt2(context=16), PTPConfig(variant=variant, window=6))
     assert model(**one_document(16, start=14, window=6)).windows.isfinite().all()
-
-
-@torch.no_grad()
-def test_a_base_model_with_sliding_attention_is_served_right_or_refused(tiny_mistral: Callable) -> None:
-    batch = one_document(12, start=8, window=WINDOW)
-    expected = tiny_mistral(sliding_window=4)(input_ids=batch["ids"]).logits
-    with suppress(PTPError):
-        model = PTPModel(tiny_mistral(sliding_window=4), PTPConfig(window=WINDOW))
-        torch.testing.assert_close(model.logits(model(**batch).context), expected, rtol=1e-4, atol=1e-4)
 
 
 # --- Intervals and u --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from transformers import AutoTokenizer, MistralForCausalLM
+from transformers import AutoTokenizer, MambaConfig
 
 from ptp.config import DataConfig, Mode, PregenerateConfig, TrainConfig
 from ptp.data.columns import Shape
@@ -249,13 +249,13 @@ def test_what_cannot_run_is_not_set_up(
     assert not (tmp_path / "experiment").exists()
 
 
-def test_a_model_with_a_sliding_window_is_refused_at_set_up(
-    config_of: Callable, inputs: Path, tiny_mistral: Callable[..., MistralForCausalLM], tmp_path: Path
+def test_a_model_that_cannot_be_made_parallel_is_refused_at_set_up(
+    config_of: Callable, inputs: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(inputs / "model", tmp_path / "mistral")
-    tiny_mistral(vocab_size=300).save_pretrained(tmp_path / "mistral")
-    config = config_of("fixed").model_copy(update={"base_model": str(tmp_path / "mistral")})
-    with pytest.raises(ConfigError, match="mistral has layers with a sliding window of 4; only layers that attend to"):
+    shutil.copytree(inputs / "model", tmp_path / "mamba")
+    MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1).save_pretrained(tmp_path / "mamba")
+    config = config_of("fixed").model_copy(update={"base_model": str(tmp_path / "mamba")})
+    with pytest.raises(ConfigError, match=r"^mamba models are not supported: their layers keep a running state"):
         distill(tmp_path / "experiment", config)
     assert not (tmp_path / "experiment").exists()
 

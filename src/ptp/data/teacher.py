@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptp.attention import context_length, native_mask
+from ptp.attention import layer_masks, open_layers
 from ptp.cache import RollbackCache, SlotCache
 from ptp.data.documents import Document
 from ptp.errors import ConfigError
+from ptp.layer_kinds import context_length
 from ptp.sampling import SamplingRule, draw, uniform, warp
 
 Result = TypeVar("Result")
@@ -172,6 +173,7 @@ class _Batch:
 
     def __init__(self, base_model: PreTrainedModel, num_slots: int, capacity: int) -> None:
         self.base_model, self.num_rows = base_model, num_slots
+        self.layer_kinds = open_layers(base_model)
         device = base_model.device
         self.cache = SlotCache(base_model.config.get_text_config().num_hidden_layers, num_slots, capacity)
         self.columns = torch.arange(capacity, device=device)
@@ -217,11 +219,12 @@ class _Batch:
         lengths = self.lengths[: self.num_rows]
         longest = int(lengths.max())
         self.cache.append_at(cached, longest - 1)
-        mask = self.columns[:longest] <= cached.unsqueeze(1)
+        positions, columns = cached.unsqueeze(1), self.columns[:longest].unsqueeze(0)
+        mask = (columns <= positions)[:, None, None]
         logits = self.base_model(
             input_ids=newest.unsqueeze(1),
-            attention_mask=native_mask(self.base_model, mask[:, None, None]),
-            position_ids=cached.unsqueeze(1),
+            attention_mask=layer_masks(self.base_model, mask, self.layer_kinds, positions, columns),
+            position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,

@@ -12,15 +12,15 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
 from transformers.generation import BaseStreamer
 
-from ptp.attention import context_length
 from ptp.decoding.allocation import Profile
 from ptp.decoding.budget import FixedBudget, Latency, MeasuredBudget, Policy
 from ptp.decoding.latency import CONTEXT, kept_latency, measure_latency
 from ptp.decoding.requests import Request, make_request
 from ptp.decoding.session import Session, Step, Text
 from ptp.errors import ConfigError
+from ptp.layer_kinds import context_length
 from ptp.model.gated_lora import lora_layers
-from ptp.model.head import output_head
+from ptp.model.head import layers_of, output_head
 from ptp.model.ptp_model import PTPModel, check_decodable
 from ptp.sampling import SamplingRule
 
@@ -210,6 +210,6 @@ class Decoder:
 
 
 def compiled_layers(base_model: PreTrainedModel) -> Callable[..., Any]:
-    """The model's decoder, compiled for each shape it is called with; on a GPU each is captured as a CUDA graph."""
+    """The model's layers, compiled for each shape it is called with; on a GPU each is captured as a CUDA graph."""
     mode = "reduce-overhead" if base_model.device.type == "cuda" else "default"
-    return torch.compile(base_model.get_decoder(), dynamic=False, mode=mode)
+    return torch.compile(layers_of(base_model), dynamic=False, mode=mode)

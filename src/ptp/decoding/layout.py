@@ -165,3 +165,12 @@ def call_mask(layout: CallLayout, cached: Sequence[int], lengths: Tensor, width:
     index = own.clamp(0, num_positions - 1).unsqueeze(1).expand(-1, num_positions, -1)
     seen = sees.gather(2, index) & (own < num_positions).unsqueeze(1)
     return (seen | (own < 0).unsqueeze(1)).unsqueeze(1)
+
+
+def key_positions(layout: CallLayout, cached: Sequence[int], lengths: Tensor, width: int | None = None) -> Tensor:
+    """(B, width) int64, at which position of its text each key of `call_mask` stands."""
+    num_positions = layout.offset.shape[-1]
+    place = torch.arange(width or max(cached) + num_positions, device=lengths.device)
+    own = place - lengths
+    positions = layout.offset.gather(1, own.clamp(0, num_positions - 1)) + lengths
+    return torch.where(own < 0, place, positions)

@@ -18,8 +18,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from ptp.attention import context_length
 from ptp.errors import DecodingError
+from ptp.layer_kinds import context_length
 from ptp.model.ptp_model import end_token_ids as model_end_token_ids
 from ptp.sampling import uniform
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ptp.cache import SlotCache
 from ptp.decoding.allocation import allocate
 from ptp.decoding.budget import Policy
-from ptp.decoding.layout import CallShape, RowLayout, call_layout, call_mask
+from ptp.decoding.layout import CallShape, RowLayout, call_layout, call_mask, key_positions
 from ptp.decoding.requests import Request
 from ptp.decoding.verification import Verified, sampled, verify
 from ptp.errors import DecodingError
@@ -230,8 +230,9 @@ class Session:
             layout.offset + lengths,
             call_mask(layout, cached, lengths, width),
             self.cache,
-            shape.gate_start if shape.num_window else None,
-            self.layers if compiled else None,
+            gate_start=shape.gate_start if shape.num_window else None,
+            key_positions=None if self.model.sees_all else key_positions(layout, cached, lengths, width),
+            layers=self.layers if compiled else None,
         )
 
         # Verify: drafts count up to the first that is not what the base model writes with that u.

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ptp.attention import context_length
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.requests import Request, make_request
 from ptp.errors import ConfigError, DataError
@@ -23,6 +22,7 @@ from ptp.evaluation.methods import PLAIN, PTP, Method, make_methods
 from ptp.evaluation.prompts import Question, prompt_ids, read_questions, spread_out
 from ptp.evaluation.verify import compare
 from ptp.experiment import Experiment, versions
+from ptp.layer_kinds import context_length
 from ptp.model.loading import load_base_model
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule

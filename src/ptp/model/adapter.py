@@ -28,6 +28,7 @@ from ptp.calibration import Calibration
 from ptp.config import PTPConfig
 from ptp.errors import AdapterError
 from ptp.model.gated_lora import GatedLoRA, lora_layers
+from ptp.model.loading import is_packed
 from ptp.records import Record
 from ptp.sampling import SamplingRule
 
@@ -57,10 +58,14 @@ class AdapterSettings(Record):
 def fingerprint(base_model: nn.Module) -> str:
     """A hash of a model's weights: names, shapes and a fixed sample of values of every parameter.
 
-    Values are compared in bfloat16, so that one model loaded in float32 and in bfloat16 is the same model.
+    Values are compared in bfloat16, so that one model loaded in float32 and in bfloat16 is the same model. Of quantised
+    weights name and type count, for bitsandbytes packs them anew when they are first used.
     """
     digest = hashlib.sha256()
     for name, parameter in sorted(_base_parameters(base_model).items()):
+        if is_packed(parameter):
+            digest.update(f"{name}{parameter.dtype}".encode())
+            continue
         flat = parameter.detach().flatten()
         stride = max(1, flat.numel() // FINGERPRINT_SAMPLES)
         sample = flat[::stride][:FINGERPRINT_SAMPLES].to("cpu", torch.bfloat16).contiguous()

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptp.errors import ConfigError
 from ptp.model.gated_lora import Gate
+from ptp.model.head import layers_of
 
 
 @contextmanager
@@ -26,7 +27,7 @@ def checkpointed(base_model: PreTrainedModel, gate: Gate) -> Iterator[None]:
     The cache must bear a call made again (`ptp.cache.PassCache`). Raises `ConfigError` if transformers does not know
     the model's layers.
     """
-    layers = [layer for layer in base_model.get_decoder().modules() if isinstance(layer, GradientCheckpointingLayer)]
+    layers = [layer for layer in layers_of(base_model).modules() if isinstance(layer, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
             f"transformers has no gradient checkpointing for {type(base_model).__name__}; set "

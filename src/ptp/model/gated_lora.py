@@ -19,21 +19,29 @@ from transformers.pytorch_utils import Conv1D
 
 from ptp.errors import ConfigError
 
+LATENT_EXPANSION = "kv_b_proj"
+"""What transformers calls the layer that makes keys and values of the latent ones in the cache."""
+
 
 class Gate:
     """Which positions of the current call are gated; shared by all layers of a model."""
 
     def __init__(self) -> None:
         self.start: int | None = None
+        self.length: int | None = None
 
     @contextmanager
-    def opened(self, start: int | None) -> Iterator[None]:
-        """Gate positions [start, end) of every call made inside the block; None for none."""
-        before, self.start = self.start, start
+    def opened(self, start: int | None, length: int | None = None) -> Iterator[None]:
+        """Gate positions [start, end) of every call made inside the block; None for none.
+
+        length: positions of the call, for models that lay all texts of a batch in one row; not needed from 0 on.
+        """
+        before = self.start, self.length
+        self.start, self.length = start, length
         try:
             yield
         finally:
-            self.start = before
+            self.start, self.length = before
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,9 @@ class GatedLoRA(nn.Module):
         start = self.gate.start
         if start is None:
             return self.base(x)
+        if start > 0 and x.dim() == 2:
+            assert self.gate.length is not None, "the length of the call is not known"
+            return self(x.unflatten(0, (-1, self.gate.length))).flatten(0, 1)
         if start > 0 and (joined := self.joined) is not None:
             both = nn.functional.linear(x, joined.weight, joined.bias)
             size = joined.up.shape[1]
@@ -124,13 +135,23 @@ def add_gated_lora(
     """Replace linear layers of `base_model` by gated ones, in place.
 
     targets: "all-linear" for every linear layer but the output head, as PEFT means it, or the last parts of module
-    names ("q_proj", "v_proj"). Raises `ConfigError` when nothing matches.
+    names ("q_proj", "v_proj"). A block of experts keeps its own weights, router included: it takes its positions in
+    another order, where no gate can tell them. So does what expands latent keys and values (DeepSeek's), for it reads
+    the whole cache. Raises `ConfigError` when nothing matches.
     """
     head = base_model.get_output_embeddings()
+    mixtures = tuple(
+        f"{name}."
+        for name, module in base_model.named_modules()
+        if hasattr(module, "experts") or hasattr(module, "router")
+    )
     layers = {
         name: module
         for name, module in base_model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and not name.startswith(mixtures)
+        and not name.endswith(LATENT_EXPANSION)
     }
     if targets != "all-linear":
         layers = {name: module for name, module in layers.items() if name.rsplit(".", 1)[-1] in targets}

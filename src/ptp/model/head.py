@@ -7,6 +7,7 @@ rows of logits, or each row only for a moment, asks for them here, and the whole
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -25,16 +26,32 @@ RowLoss = Callable[[Tensor, slice], Tensor]
 """Loss, a sum, of some rows: their logits (R, V), and which they are."""
 
 
+@dataclass
+class _LayersOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """What a model's head may look for in what its layers give; models with experts pass their routing on."""
+
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+def layers_of(base_model: PreTrainedModel) -> nn.Module:
+    """The model below the output head."""
+    found = base_model.get_decoder()
+    # transformers finds the model itself where a checkpoint's prefix is not the module's name (Llama 4), and the
+    # output head where that is called decoder (ModernBERT).
+    misses = found is base_model or found is base_model.get_output_embeddings()
+    return base_model.get_submodule("model") if misses else found
+
+
 def project(base_model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (..., V) of hidden states (..., H), as the model's own forward makes them of what its layers give.
 
     The model is run without its layers: caps and scales of logits differ from model to model, and are its own.
     """
 
-    def layers(*args: Any, **kwargs: Any) -> BaseModelOutputWithPastAndCrossAttentions:
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=rows)
+    def layers(*args: Any, **kwargs: Any) -> _LayersOutput:
+        return _LayersOutput(last_hidden_state=rows)
 
-    rows, decoder = hidden.reshape(1, -1, hidden.shape[-1]), base_model.get_decoder()
+    rows, decoder = hidden.reshape(1, -1, hidden.shape[-1]), layers_of(base_model)
     decoder.forward = layers  # on the object, in front of the class's own
     try:
         return base_model(inputs_embeds=rows, use_cache=False).logits.view(*hidden.shape[:-1], -1)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,8 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ptp.attention import context_length
 from ptp.errors import ConfigError
+from ptp.layer_kinds import context_length
 from ptp.processes import local_rank
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,7 +33,10 @@ def load_base_model(name: str, dtype: str | torch.dtype = "auto", on_gpu: bool =
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     # Of several processes on a machine, each has its own GPU.
     device = f"cuda:{local_rank()}" if on_gpu and torch.cuda.is_available() else "cpu"
-    return to_dtype(model, dtype).to(device)  # type: ignore[arg-type] # transformers' wrapped `to` loses its self
+    to_dtype(model, dtype)
+    if is_quantized(model):
+        return model  # where transformers has put it; what was quantised for a device cannot be moved
+    return model.to(device)  # type: ignore[arg-type] # transformers' wrapped `to` loses its self
 
 
 def to_dtype(model: PreTrainedModel, dtype: str | torch.dtype) -> PreTrainedModel:
@@ -50,9 +53,23 @@ def to_dtype(model: PreTrainedModel, dtype: str | torch.dtype) -> PreTrainedMode
 
 
 def cast_parameters(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast parameters but no buffers: a rotary embedding's frequencies stay in float32, as transformers keeps them."""
+    """Cast parameters but no buffers: a rotary embedding's frequencies stay in float32, as transformers keeps them.
+
+    Quantised weights stay what they are.
+    """
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if not is_packed(parameter):
+            parameter.data = parameter.data.to(dtype)
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether a weight is quantised: integers, or bytes that hold two numbers each (bitsandbytes)."""
+    return not weight.is_floating_point() or hasattr(weight, "quant_state")
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether transformers has loaded a model with weights of 8 or 4 bits."""
+    return getattr(model, "is_quantized", False)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -94,6 +111,6 @@ def _loading(what: str, name: str) -> Iterator[None]:
         raise ConfigError(f"cannot load the {what} '{name}': there is no such directory")
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (ImportError, OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"cannot load the {what} '{name}': {reason}") from error

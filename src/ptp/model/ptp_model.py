@@ -13,13 +13,14 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from ptp.attention import FLEX, Mask, context_length, native_mask
+from ptp.attention import FLEX, Mask, layer_masks, open_layers
 from ptp.cache import PassCache
 from ptp.calibration import Calibration
 from ptp.config import PTPConfig
-from ptp.errors import AdapterError, ConfigError
+from ptp.errors import AdapterError
+from ptp.layer_kinds import context_length
 from ptp.model.adapter import (
     AdapterSettings,
     find_adapter,
@@ -30,11 +31,12 @@ from ptp.model.adapter import (
     resolve_base_model,
     save_adapter,
 )
+from ptp.model.architectures import check_architecture, check_calls
 from ptp.model.auxiliary import make_auxiliary_embedding
 from ptp.model.checkpointing import checkpointed
 from ptp.model.gated_lora import Gate, add_gated_lora
-from ptp.model.head import project
-from ptp.model.loading import cast_parameters, load_base_model, load_config, to_dtype
+from ptp.model.head import layers_of, project
+from ptp.model.loading import cast_parameters, load_base_model, to_dtype
 from ptp.model.masks import context_mask, window_mask
 from ptp.sampling import SamplingRule, inside, row_intervals, token_intervals
 
@@ -69,10 +71,12 @@ class PTPModel(nn.Module):
     def __init__(self, base_model: PreTrainedModel, config: PTPConfig | None = None) -> None:
         super().__init__()
         self.ptp_config = config or PTPConfig()
-        check_attention(base_model.config)
+        check_architecture(base_model.config)
         self.base_model = base_model
+        self.layer_kinds = open_layers(base_model)
         self.gate = Gate()
         self.prepare_weights()
+        check_calls(base_model, self.gate)
         tokens = self.token_embedding.weight.detach()
         self.auxiliary = make_auxiliary_embedding(
             self.ptp_config.auxiliary,
@@ -156,6 +160,11 @@ class PTPModel(nn.Module):
         return self.base_model.config.get_text_config().num_hidden_layers
 
     @property
+    def sees_all(self) -> bool:
+        """Whether every layer sees the whole text."""
+        return all(kind.is_full for kind in self.layer_kinds)
+
+    @property
     def token_embedding(self) -> nn.Embedding:
         return cast(nn.Embedding, self.base_model.get_input_embeddings())
 
@@ -190,28 +199,40 @@ class PTPModel(nn.Module):
         cache: Cache,
         gate_start: int | None = None,
         layers: Callable[..., Any] | None = None,
+        key_positions: Tensor | None = None,
     ) -> Tensor:
         """One forward call of the layers on top of a cache, gate open from `gate_start` on. Returns states (B, T, H).
 
         inputs: (B, T) token ids or (B, T, H) embeddings; positions: (B, T); mask: what each may see of the cached and
-        the own positions, None for everything; `logits` are made of what comes back. layers: the base model's decoder
-        in another form, such as compiled.
+        the own positions, None for everything; `logits` are made of what comes back. layers: the base model's layers
+        in another form, such as compiled. key_positions: (B, cached + T), of what the mask is about; by default the
+        cache holds positions 0, 1 and so on.
         """
         checkpoints = self.gradient_checkpointing and torch.is_grad_enabled()
-        with self.gate.opened(gate_start), checkpointed(self.base_model, self.gate) if checkpoints else nullcontext():
-            named = self._named(inputs, positions, mask, cache)
-            decoder = self.base_model.get_decoder() if layers is None else layers
-            return decoder(**named).last_hidden_state
+        with (
+            self.gate.opened(gate_start, inputs.shape[1]),
+            checkpointed(self.base_model, self.gate) if checkpoints else nullcontext(),
+        ):
+            named = self._named(inputs, positions, mask, cache, key_positions)
+            run = layers_of(self.base_model) if layers is None else layers
+            return run(**named).last_hidden_state
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits (..., V) of hidden states (..., H)."""
         return project(self.base_model, hidden)
 
-    def _named(self, inputs: Tensor, positions: Tensor, mask: Mask | Tensor | None, cache: Cache) -> dict[str, Any]:
+    def _named(
+        self,
+        inputs: Tensor,
+        positions: Tensor,
+        mask: Mask | Tensor | None,
+        cache: Cache,
+        key_positions: Tensor | None,
+    ) -> dict[str, Any]:
         return {
             "inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs,
             "position_ids": positions,
-            "attention_mask": native_mask(self.base_model, mask),
+            "attention_mask": layer_masks(self.base_model, mask, self.layer_kinds, positions, key_positions),
             "past_key_values": cache,
             "use_cache": True,
         }
@@ -336,11 +357,18 @@ class PTPModel(nn.Module):
         offsets = index + torch.arange(window, device=starts.device)
         anchor = ids.gather(1, starts - 1).unsqueeze(-1).expand(-1, -1, window)
         inputs = self.add_anchor(self.embed_u(u), anchor, (offsets == 0).expand_as(anchor)).flatten(1, 2)
-        window_positions = (positions.gather(1, starts).unsqueeze(-1) + offsets + self.ptp_config.shift).flatten(1)
+        reached = torch.arange(index + window, device=starts.device) + self.ptp_config.shift
+        window_positions = positions.gather(1, starts).unsqueeze(-1) + reached
         if (longest := context_length(self.base_model.config)) is not None:
             # A window may run past the end of a document as long as the context; nothing there is trained.
             window_positions = window_positions.clamp(max=longest - 1)
-        return self.read(inputs, window_positions, mask, cache, gate_start=0)
+        # Behind the context's keys stand those of the windows, one call after the other.
+        earlier, own = (
+            window_positions[..., :index].transpose(1, 2).flatten(1),
+            window_positions[..., index:].flatten(1),
+        )
+        keys = torch.cat([positions, earlier, own], dim=1)
+        return self.read(inputs, own, mask, cache, gate_start=0, key_positions=keys)
 
 
 def dividing(number: int, most: int) -> int:
@@ -375,19 +403,4 @@ def check_decodable(config: PTPConfig) -> None:
         raise AdapterError(
             "a base model whose own weights were trained (model.trained=all) cannot verify what it drafts as the "
             "base model would; to decode, train an adapter with model.trained=lora"
-        )
-
-
-def check_attention(name_or_config: str | PreTrainedConfig) -> None:
-    """Raises `ConfigError` for a model whose layers do not all attend to the whole context."""
-    config = load_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"]) - {"full_attention"}
-    window, context = getattr(text, "sliding_window", None), context_length(config)
-    slides = window is not None and getattr(text, "use_sliding_window", True) and (context or window + 1) > window
-    if kinds or (slides and getattr(text, "layer_types", None) is None):
-        kind = ", ".join(sorted(kinds)) or f"a sliding window of {window}"
-        raise ConfigError(
-            f"{config.model_type} has layers with {kind}; only layers that attend to the whole context are supported "
-            "so far, because a decoding call sets its own attention mask"
         )

@@ -14,7 +14,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ptp.config import PTPConfig
+from ptp.errors import ConfigError
 from ptp.model.adapter import AUXILIARY_WEIGHTS, fill, gathered, write_settings, write_weights
+from ptp.model.loading import is_quantized
 from ptp.model.ptp_model import PTPModel
 
 STUDENT = "student"
@@ -42,7 +44,9 @@ class StudentModel(PTPModel):
         return self.teacher
 
     def prepare_weights(self) -> None:
-        """All weights train."""
+        """All weights train. Raises `ConfigError` for quantised ones."""
+        if is_quantized(self.base_model):
+            raise ConfigError("weights of 8 or 4 bits cannot train; set model.trained to lora")
         self.base_model.requires_grad_(True)
 
     def save_pretrained(self, directory: str | Path, is_main_process: bool = True) -> None:

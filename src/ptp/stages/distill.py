@@ -16,8 +16,8 @@ from ptp.data.sources import load_source
 from ptp.errors import ConfigError, DataError
 from ptp.experiment import Experiment, ExperimentConfig, check_new
 from ptp.files import write_atomically
+from ptp.model.architectures import check_architecture
 from ptp.model.loading import load_context_length, load_tokenizer
-from ptp.model.ptp_model import check_attention
 from ptp.stages.prepare import open_preparation, open_source
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -193,7 +193,7 @@ def example(experiment: Experiment) -> Example:
 
     Raises `ConfigError` for a chat mode without a template, `DataError` if none of the first rows gives a document.
     """
-    check_attention(experiment.base_model)
+    check_architecture(experiment.base_model)
     data = experiment.config.data
     source, preparation = open_source(experiment), open_preparation(experiment)
     chats = data.mode in CHAT_MODES or not isinstance(data.prompt_scheme, str)

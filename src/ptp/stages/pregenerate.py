@@ -27,6 +27,7 @@ from ptp.errors import ConfigError, DataError
 from ptp.experiment import Experiment
 from ptp.files import appearing
 from ptp.model.adapter import fingerprint
+from ptp.model.architectures import check_architecture, check_calls
 from ptp.model.loading import (
     load_base_model,
     load_context_length,
@@ -34,7 +35,7 @@ from ptp.model.loading import (
     load_tokenizer,
     vocabulary_fingerprint,
 )
-from ptp.model.ptp_model import check_attention, end_token_ids
+from ptp.model.ptp_model import end_token_ids
 from ptp.processes import rank, world_size
 from ptp.stages import Progress, unheard
 from ptp.stages.prepare import Prepared, open_tokenizer, prepare
@@ -177,8 +178,9 @@ def _base_model(
     experiment: Experiment, prompts_fingerprint: str, left_out: Counter[str]
 ) -> tuple[CompletionStore, Sampler]:
     settings = experiment.config.pregenerate
-    check_attention(experiment.base_model)
+    check_architecture(experiment.base_model)
     base_model = load_base_model(experiment.base_model).eval()
+    check_calls(base_model)
     store = CompletionStore(
         experiment.completions, _provenance(experiment, "base model", fingerprint(base_model), prompts_fingerprint)
     )
