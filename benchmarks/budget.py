@@ -1,6 +1,6 @@
 """Tokens per call and speed against the budget, for a trained experiment.
 
-    python benchmarks/budget.py experiments/demo --budgets 0 4 8 12 16 24 40
+    python benchmarks/budget.py experiments/demo --budgets 0 4 8 12 16 24 40 auto
 
 For every budget: τ, the wall-clock speed-up over a bare autoregressive loop of the same model, dtype and sampling rule
 (as `ptp bench` defines it, with its quartiles over held-out prompts), and the break-even, the time of a call over the
@@ -26,10 +26,15 @@ from ptp.model.ptp_model import PTPModel
 from ptp.stages.train import validation_prompts
 
 
+def budget_of(value: str) -> int | str:
+    """A number of positions, or "auto"."""
+    return value if value == "auto" else int(value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory")
-    parser.add_argument("--budgets", type=int, nargs="+", default=[0, 4, 8, 12, 16, 24, 40])
+    parser.add_argument("--budgets", type=budget_of, nargs="+", default=[0, 4, 8, 12, 16, 24, 40, "auto"])
     parser.add_argument("--num-prompts", type=int, default=24)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=3)
@@ -40,7 +45,8 @@ def main() -> None:
     plain_model = load_base_model(experiment.base_model, arguments.dtype).eval()
     model = PTPModel.from_pretrained(experiment.directory, dtype=arguments.dtype)
     num_parameters = plain_model.num_parameters()
-    decoders = {b: Decoder(model, rule, b) for b in arguments.budgets}
+    with decoding_threads(num_parameters):
+        decoders = {budget: Decoder(model, rule, budget) for budget in arguments.budgets}
     methods: dict[str, Method] = {str(budget): by_decoder(decoder) for budget, decoder in decoders.items()}
     methods[PLAIN] = by_plain_loop(plain_model, rule)
     requests = [
@@ -61,7 +67,7 @@ def main() -> None:
         verdicts = [compare(plain_model, request, rule, text, plain) for request, text, plain in texts]
         lower, upper = found[budget].speedup_quartiles
         row = {
-            "budget": int(budget),
+            "budget": budget,
             "tokens_per_call": found[budget].tokens_per_call,
             "speedup": found[budget].speedup,
             "speedup_quartiles": [lower, upper],

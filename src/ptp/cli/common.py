@@ -27,6 +27,13 @@ SECONDS_PER_LINE = 10
 """Between lines of progress in a log."""
 
 
+def budget(value: str) -> int | str:
+    """An option's budget: a number of positions from 0 up, or "auto"."""
+    if value == "auto" or value.isdecimal():
+        return value if value == "auto" else int(value)
+    raise typer.BadParameter(f"must be auto or a number from 0 up; got {value!r}")
+
+
 def note(text: str) -> None:
     """A line on standard error, not broken where a terminal is narrow."""
     console.print(text, soft_wrap=True)

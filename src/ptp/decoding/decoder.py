@@ -86,9 +86,9 @@ class Decoder:
     def __init__(
         self, model: PTPModel, rule: SamplingRule | None = None, budget: Budget = 24, compile: bool = False
     ) -> None:
-        if budget != "auto" and budget < 0:
+        if budget != "auto" and (not isinstance(budget, int) or budget < 0):
             raise ConfigError(
-                f"budget must be auto, 0 (plain decoding) or a positive number of positions; got {budget}"
+                f"budget must be auto, 0 (plain decoding) or a positive number of positions; got {budget!r}"
             )
         check_decodable(model.ptp_config)
         self.model = model.eval()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ptp.decoding.decoder import Decoder
+from ptp.decoding.decoder import Budget, Decoder
 from ptp.decoding.requests import Request, make_request
 from ptp.errors import ConfigError, DataError
 from ptp.evaluation.bench import Figures, Round, figures, take_turns
@@ -56,7 +56,7 @@ class Bench:
     dtype: str
     sampling: dict[str, Any]
     seed: int
-    budget: int
+    budget: Budget
     max_new_tokens: int
     repetitions: int
     prompts: str | None
@@ -77,7 +77,7 @@ def bench_experiment(
     column: str | None = None,
     num_prompts: int,
     max_new_tokens: int,
-    budget: int,
+    budget: Budget,
     repetitions: int,
     assistant: str | None = None,
     seed: int = 0,
@@ -94,7 +94,9 @@ def bench_experiment(
     plain_model = load_base_model(experiment.base_model, dtype).eval()
     model = PTPModel.from_pretrained(experiment.directory, dtype=dtype)
     num_parameters = plain_model.num_parameters()
-    decoder = Decoder(model, experiment.config.sampling, budget)
+    with decoding_threads(num_parameters):
+        # A budget that is measured is measured as it will be used.
+        decoder = Decoder(model, experiment.config.sampling, budget)
     methods = make_methods(decoder, plain_model, experiment.base_model, assistant)
     if prompts is None:
         questions = [Question(HELD_OUT, (tuple(ids),)) for ids in validation_prompts(experiment, num_prompts)]
