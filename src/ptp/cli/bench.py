@@ -39,7 +39,7 @@ def command(
             metavar="INTEGER|auto",
             help="Positions a call may spend on drafts; auto is what pays on this machine.",
         ),
-    ] = 24,
+    ] = "24",
     repetitions: Annotated[int, typer.Option(min=1, help="Times each prompt is answered by each method.")] = 3,
     assistant: Annotated[
         Optional[str], typer.Option(help="Small model with the same tokenizer, to measure assisted generation too.")

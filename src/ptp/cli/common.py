@@ -53,6 +53,8 @@ def quiet_libraries() -> None:
     """Keep other libraries' bars and notices off the terminal unless asked for."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Where it is installed, it says at every start that another package would make it faster.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Set at all, it keeps tokenizers from warning at every fork; no child of ours tokenises.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     threading.excepthook = _thread_failed
