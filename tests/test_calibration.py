@@ -50,6 +50,10 @@ def test_where_nothing_was_tried_a_confidence_stays_as_it_is() -> None:
     assert torch.allclose(Calibration.of(untried, untried)(inside), inside)
 
 
+def test_bins_are_equal_parts_of_the_unit_interval_and_certainty_is_in_the_last() -> None:
+    assert confidence_bin(torch.tensor([0.0, 0.049, 0.051, 0.999, 1.0])).tolist() == [0, 0, 1, 19, 19]
+
+
 def test_few_drafts_move_a_chance_less_than_many() -> None:
     place = NUM_BINS // 2
     chances = []

@@ -110,7 +110,8 @@ def propose(model: PTPModel, batch: dict[str, Tensor], rule: SamplingRule) -> Te
     output = model(**(batch | free))
     bonus = pick(warp(model.logits(states_before(batch["starts"], output.context)), rule), output.u[..., 0])
     logits = model.logits(output.windows).unflatten(1, (-1, config.window))
-    tokens, _ = predictions(logits, output.u[..., config.shift + 1 :][..., : config.window], config, rule)
+    u = output.u[..., config.shift + 1 :][..., : config.window]
+    tokens, _ = predictions(logits, logits.logsumexp(-1), u, config, rule)
     return torch.cat([bonus.unsqueeze(-1), tokens[..., config.lead :]], dim=-1)
 
 

@@ -111,6 +111,6 @@ def test_predictions_are_what_decoding_drafts() -> None:
     for u, token in [(0.0, 0), (edges[0] + 0.01, 1), (edges[1] + 0.01, 2)]:
         u = torch.tensor([u])
         for variant, expected in (("categorical", token), ("one_hot", 1)):
-            proposed, confidence = predictions(logits, u, PTPConfig(variant=variant), rule)
+            proposed, confidence = predictions(logits + 3, torch.tensor([3.0]), u, PTPConfig(variant=variant), rule)
             assert proposed.tolist() == [expected]
             assert confidence.tolist() == pytest.approx([logits.exp()[0, expected].item()])

@@ -49,8 +49,9 @@ def window_targets(ids: Tensor, span: Tensor, starts: Tensor, mass: Tensor, wind
     )
 
 
-Predict = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
-"""Logits (R, V) of some of the valid targets, and which of them they are → tokens proposed, confidences, each (R,)."""
+Predict = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
+"""Logits (R, V) of some of the valid targets, the scores' `logsumexp` (R,), and which targets they are → tokens
+proposed and their confidences, each (R,)."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ def window_loss(
         with torch.no_grad():
             entropies[part] = entropy
             if predict is not None:
-                proposed[part], confidences[part] = predict(logits, part)
+                # Cross-entropy has made this sum over the vocabulary; another pass would be felt.
+                totals = entropy + scores.gather(-1, tokens[part].unsqueeze(-1)).squeeze(-1)
+                proposed[part], confidences[part] = predict(logits, totals, part)
         return total
 
     total = summed(windows[valid], loss)

@@ -14,14 +14,17 @@ from ptp.sampling import SamplingRule, draw, warp
 from ptp.training.losses import Targets
 
 
-def predictions(logits: Tensor, target_u: Tensor, config: PTPConfig, rule: SamplingRule) -> tuple[Tensor, Tensor]:
+def predictions(
+    logits: Tensor, totals: Tensor, target_u: Tensor, config: PTPConfig, rule: SamplingRule
+) -> tuple[Tensor, Tensor]:
     """The token each window position proposes, and its confidence, as in decoding.
 
-    logits: (..., V); target_u: (...); returns int64 and float32, each (...).
+    logits: (..., V); totals: (...), their `logsumexp`, which C-PTP does not read; target_u: (...). Returns int64 and
+    float32, each (...).
     """
     if config.variant == "one_hot":
-        best = logits.float().softmax(-1).max(-1)
-        return best.indices, best.values
+        best = logits.max(-1)
+        return best.indices, (best.values - totals).exp()
     distribution = warp(logits, rule)
     # No u lies in an interval that is no number; that there are such, the loss will tell.
     token, lower, upper = draw(replace(distribution, upper=distribution.upper.nan_to_num(1.0)), target_u)

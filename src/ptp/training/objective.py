@@ -94,8 +94,8 @@ def _measure(
     if not objective.inverse:
         u = output.u[..., config.shift + 1 :][..., : config.window][targets.valid]
 
-        def predict(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-            return predictions(logits, u[part], config, rule)
+        def predict(logits: Tensor, totals: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            return predictions(logits, totals, u[part], config, rule)
 
     loss = window_loss(
         trained_states(output, batch, model, first),
