@@ -31,6 +31,10 @@ from ptp.sampling import LogitsOf, SamplingRule, pick, probability, warp
 PREFILL_CHUNK = 512
 """Prompt tokens run ahead of the first call at a time, so that its mask stays small."""
 
+ONE_READING = 64
+"""Positions of a call up to which the output head makes logits of all of them: it is read once then, and reading it
+takes longer than the products do. In larger calls it makes those of the verify positions, then of the true branch."""
+
 COMPILED_CAPACITY = 512
 """Compiled calls look at a whole cache, whose length is a multiple of this."""
 
@@ -236,7 +240,14 @@ class Session:
         )
 
         # Verify: drafts count up to the first that is not what the base model writes with that u.
-        logits = self.head(_rows(hidden, layout.verify))
+        num_positions = len(layouts) * shape.num_positions
+        states = self.head(hidden) if num_positions <= ONE_READING else hidden
+
+        def logits_at(index: Tensor) -> Tensor:
+            rows = _rows(states, index)
+            return rows if num_positions <= ONE_READING else self.head(rows)
+
+        logits = logits_at(layout.verify)
         place = torch.arange(logits.shape[1], device=device).expand_as(layout.verify)
         verified: list[Verified] | None = None
         if any(text.request.processors for text in texts):
@@ -261,9 +272,9 @@ class Session:
             widest = int(layout.widths.gather(1, num_accepted).max())
         if widest:
             index = torch.arange(widest, device=device) + layout.starts.gather(1, num_accepted)
-            branch = _rows(hidden, index.clamp(max=shape.num_positions - 1))
+            branch = logits_at(index.clamp(max=shape.num_positions - 1))
             place = num_accepted + 1 + torch.arange(widest - config.lead, device=device)
-            found += self._draft(self.head(branch), _at(u, done + place), bonus)
+            found += self._draft(branch, _at(u, done + place), bonus)
         # One copy to the host: float64 holds token ids exactly.
         values = torch.cat([part.double() for part in found], dim=1).tolist()
         outcomes = []
@@ -319,7 +330,7 @@ def _at(u: Tensor, index: Tensor) -> Tensor:
 
 
 def _rows(hidden: Tensor, index: Tensor) -> Tensor:
-    """Hidden states (B, T, H) at positions (B, n): (B, n, H)."""
+    """States or logits (B, T, H) at positions (B, n): (B, n, H)."""
     return hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
