@@ -144,9 +144,9 @@ def test_calls_are_measured_by_the_positions_that_they_have(
     seen = []
     read = PTPModel.read
 
-    def spy(self: PTPModel, inputs: object, positions: object, *rest: object) -> object:
+    def spy(self: PTPModel, inputs: object, positions: object, *rest: object, **named: object) -> object:
         seen.append(positions.numel())  # type: ignore[attr-defined]
-        return read(self, inputs, positions, *rest)  # type: ignore[arg-type]
+        return read(self, inputs, positions, *rest, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(PTPModel, "read", spy)
     latency = Decoder(model, SamplingRule(), budget="auto").policy.latency

@@ -206,7 +206,7 @@ class Decoder:
             request = make_request(self.model.base_model, prompt, context // 2, seed=0, end_token_ids=[])
             return measure_latency(self._session, request, profile)
 
-        return MeasuredBudget(profile, kept_latency(self.model, measure), MOST_POSITIONS)
+        return MeasuredBudget(profile, kept_latency(self.model, self.layers is not None, measure), MOST_POSITIONS)
 
 
 def compiled_layers(base_model: PreTrainedModel) -> Callable[..., Any]:

@@ -101,9 +101,9 @@ def _timed_step(session: Session, request: Request, budget: int, num_drafts: int
     return meter.num_positions, seconds
 
 
-def kept_latency(model: PTPModel, measure: Callable[[], Latency]) -> Latency:
+def kept_latency(model: PTPModel, compiled: bool, measure: Callable[[], Latency]) -> Latency:
     """The latency of a model's calls on this machine, from the user's cache directory or measured and kept there."""
-    path = _cache_directory() / f"{_key(model)}.json"
+    path = _cache_directory() / f"{_key(model, compiled)}.json"
     try:
         return Latency(**{name: tuple(values) for name, values in json.loads(path.read_text()).items()})
     except (OSError, ValueError, TypeError, AttributeError):
@@ -120,7 +120,7 @@ def _cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptp" / "latency"
 
 
-def _key(model: PTPModel) -> str:
+def _key(model: PTPModel, compiled: bool) -> str:
     """What the time of a call depends on."""
     device = model.device
     parts = [
@@ -128,6 +128,6 @@ def _key(model: PTPModel) -> str:
         str(model.dtype),
         model.ptp_config.model_dump_json(),
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor()} {platform.machine()}",
-        f"{platform.node()} {torch.get_num_threads()} {torch.__version__} {transformers.__version__}",
+        f"{compiled} {platform.node()} {torch.get_num_threads()} {torch.__version__} {transformers.__version__}",
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

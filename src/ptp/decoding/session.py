@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from ptp.cache import SlotCache
 from ptp.decoding.allocation import allocate
 from ptp.decoding.budget import Policy
-from ptp.decoding.layout import CallShape, RowLayout, call_layout, call_mask, key_positions
+from ptp.decoding.layout import CallLayout, CallShape, RowLayout, call_layout, call_mask, key_positions
 from ptp.decoding.requests import Request
 from ptp.decoding.verification import Verified, sampled, verify
 from ptp.errors import DecodingError
@@ -80,6 +79,30 @@ class Outcome:
     verified: Verified
     drafts: list[int]
     confidences: list[float]
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A forward call of B texts. tokens: (B, gate_start), at its verify positions. u: (B, longest), of each text.
+
+    written: (B, 1), tokens that each has. states: (B, T, H), or logits (B, T, V) of all positions where head is None.
+    """
+
+    layout: CallLayout
+    tokens: Tensor
+    u: Tensor
+    written: Tensor
+    states: Tensor
+    head: LogitsOf | None
+
+    def logits_at(self, index: Tensor) -> Tensor:
+        """Logits (B, n, V) at positions (B, n)."""
+        rows = self.states.gather(1, index.unsqueeze(-1).expand(-1, -1, self.states.shape[-1]))
+        return rows if self.head is None else self.head(rows)
+
+    def u_at(self, place: Tensor) -> Tensor:
+        """u (B, n) at places (B, n) or (n,) behind the tokens written; past the end, the last, which is not used."""
+        return self.u.gather(1, (self.written + place).clamp(max=self.u.shape[1] - 1))
 
 
 class Session:
@@ -200,8 +223,8 @@ class Session:
         self.model.read(ids, layout.offset + text.num_cached, mask, self.cache)
         text.num_cached += num_tokens
 
-    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> list[Outcome]:
-        """One forward call: what it verifies, and what it drafts."""
+    def _read(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> _Reading:
+        """The forward call."""
         device, config = self.model.device, self.model.ptp_config
         shape, width = CallShape.of(layouts), None
         cached, written = [text.num_cached for text in texts], [text.num_written for text in texts]
@@ -224,7 +247,8 @@ class Session:
 
         inputs = tokens
         if shape.num_window:
-            embedded = self.model.embed_u(_at(u, done + layout.place))
+            place = (done + layout.place).clamp(max=u.shape[1] - 1)  # padding, and windows past a text's end
+            embedded = self.model.embed_u(u.gather(1, place))
             window = self.model.add_anchor(embedded, tokens.gather(1, layout.anchor), layout.first)
             inputs = torch.cat([self.model.token_embedding(tokens), window], dim=1)
         alone = len(layouts) == 1 and not compiled
@@ -239,51 +263,47 @@ class Session:
             layers=self.layers if compiled else None,
         )
 
-        # Verify: drafts count up to the first that is not what the base model writes with that u.
-        num_positions = len(layouts) * shape.num_positions
-        states = self.head(hidden) if num_positions <= ONE_READING else hidden
+        if len(layouts) * shape.num_positions <= ONE_READING:
+            return _Reading(layout, tokens, u, done, self.head(hidden), None)
+        return _Reading(layout, tokens, u, done, hidden, self.head)
 
-        def logits_at(index: Tensor) -> Tensor:
-            rows = _rows(states, index)
-            return rows if num_positions <= ONE_READING else self.head(rows)
-
-        logits = logits_at(layout.verify)
-        place = torch.arange(logits.shape[1], device=device).expand_as(layout.verify)
-        verified: list[Verified] | None = None
+    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> list[Outcome]:
+        """One forward call: what it verifies, and what it drafts."""
+        reading = self._read(texts, layouts)
+        layout, logits = reading.layout, reading.logits_at(reading.layout.verify)
+        found: list[Tensor] = []
+        verified: list[Verified] = []
         if any(text.request.processors for text in texts):
             # They look at the tokens so far, on the host, and only at those that stay.
-            verified = [self._verified(text, logits[row], u[row, text.num_written :]) for row, text in enumerate(texts)]
-            accepted = [[each.num_accepted, each.token_ids[-1]] for each in verified]
-            state = torch.tensor(accepted + [[0, 0]] * (len(layouts) - len(texts)), device=device)
-            num_accepted, bonus = state.split(1, dim=1)
-            true_tokens = tokens[:, :0]
+            for row, text in enumerate(texts):
+                verified.append(self._verified(text, logits[row], reading.u[row, text.num_written :]))
+            settled = [[each.num_accepted, each.token_ids[-1]] for each in verified]
+            settled += [[0, 0]] * (len(logits) - len(texts))
+            num_accepted, bonus = torch.tensor(settled, device=logits.device).split(1, dim=1)
         else:
-            true_tokens = pick(warp(logits, self.rule), _at(u, done + place))
-            drafted = tokens.gather(1, layout.verify)[:, 1:]
-            right = (drafted == true_tokens[:, :-1]) & (place[:, 1:] <= layout.num_drafts.unsqueeze(1))
+            # Drafts count up to the first that is not what the base model writes with that u.
+            place = torch.arange(logits.shape[1], device=logits.device)
+            true_tokens = pick(warp(logits, self.rule), reading.u_at(place))
+            drafts = reading.tokens.gather(1, layout.verify)[:, 1:]
+            right = (drafts == true_tokens[:, :-1]) & (place[1:] <= layout.num_drafts.unsqueeze(1))
             num_accepted = right.cumprod(1).sum(1, keepdim=True)
             bonus = true_tokens.gather(1, num_accepted)
-
-        # Draft: read the branch that came true.
-        found = [true_tokens, num_accepted]
+            found.append(true_tokens)
         widest = max(max(row.widths) for row in layouts)
-        if device.type == "cpu":
+        if logits.device.type == "cpu":
             # Looking costs nothing here, and less is read.
             widest = int(layout.widths.gather(1, num_accepted).max())
-        if widest:
-            index = torch.arange(widest, device=device) + layout.starts.gather(1, num_accepted)
-            branch = logits_at(index.clamp(max=shape.num_positions - 1))
-            place = num_accepted + 1 + torch.arange(widest - config.lead, device=device)
-            found += self._draft(branch, _at(u, done + place), bonus)
+        found += self._draft(reading, num_accepted, bonus, widest) if widest else [num_accepted[:, :0]] * 2
         # One copy to the host: float64 holds token ids exactly.
-        values = torch.cat([part.double() for part in found], dim=1).tolist()
+        values = torch.cat([part.double() for part in found], dim=1).split([part.shape[1] for part in found], dim=1)
+        *true, drafted, confidences = (part.tolist() for part in values)
         outcomes = []
         for row, (text, own) in enumerate(zip(texts, layouts, strict=False)):
-            true, (accepted_here,), rest = _cut(values[row], true_tokens.shape[1], 1)
-            drafts, confidences, _ = _cut(rest, len(rest) // 2, len(rest) // 2)
-            width = max(0, own.widths[int(accepted_here)] - config.lead)
-            found_here = verified[row] if verified else verify(map(int, true), text.drafts, text.tokens, text.request)
-            outcomes.append(Outcome(found_here, [int(token) for token in drafts[:width]], confidences[:width]))
+            if true:
+                verified.append(verify(map(int, true[0][row]), text.drafts, text.tokens, text.request))
+            width = max(0, own.widths[verified[row].num_accepted] - self.model.ptp_config.lead)
+            next_drafts = [int(token) for token in drafted[row][:width]]
+            outcomes.append(Outcome(verified[row], next_drafts, confidences[row][:width]))
         return outcomes
 
     def _call_plainly(self, text: Text) -> Outcome:
@@ -305,11 +325,22 @@ class Session:
             return shape
         return CallShape(1 + min(self.model.ptp_config.num_drafts, self.policy.most), self.policy.most)
 
-    def _draft(self, logits: Tensor, u: Tensor, bonus: Tensor) -> list[Tensor]:
-        """Drafts and their calibrated confidences, (B, drafts) each, from the branches that came true.
+    def _draft(self, reading: _Reading, num_accepted: Tensor, bonus: Tensor, widest: int) -> list[Tensor]:
+        """Drafts and calibrated confidences, (B, widest − lead) each, of the branches that came true.
 
-        logits: (B, lead + drafts, V), their rows. u: (B, drafts), of the drafts' own places. bonus: (B, 1), the tokens
-        before the first drafts, which O-PTP's first row has foreseen or not.
+        num_accepted: (B, 1), which they are. bonus: (B, 1), the tokens before their first drafts. widest: positions of
+        the widest; what lies past a branch's own is padding.
+        """
+        lead, device = self.model.ptp_config.lead, bonus.device
+        index = reading.layout.starts.gather(1, num_accepted) + torch.arange(widest, device=device)
+        logits = reading.logits_at(index.clamp(max=reading.layout.offset.shape[1] - 1))
+        u = reading.u_at(num_accepted + 1 + torch.arange(widest - lead, device=device))
+        return self._drafts(logits, u, bonus)
+
+    def _drafts(self, logits: Tensor, u: Tensor, bonus: Tensor) -> list[Tensor]:
+        """Drafts and calibrated confidences, (B, drafts) each, of a branch's logits (B, lead + drafts, V).
+
+        u: (B, drafts), of the drafts' own places. bonus: (B, 1), which O-PTP's first row has foreseen or not.
         """
         calibration = self.model.calibration
         if self.model.ptp_config.variant == "one_hot":
@@ -324,22 +355,6 @@ def _is_plain(layouts: Sequence[RowLayout]) -> bool:
     return len(layouts) == 1 and layouts[0].num_verify == 1 and not layouts[0].num_window
 
 
-def _at(u: Tensor, index: Tensor) -> Tensor:
-    """u (B, longest) at an index (B, n); past the end, the last, which is not used."""
-    return u.gather(1, index.clamp(max=u.shape[1] - 1))
-
-
-def _rows(hidden: Tensor, index: Tensor) -> Tensor:
-    """States or logits (B, T, H) at positions (B, n): (B, n, H)."""
-    return hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-
-
 def _common(kept: Sequence[int], prompt: Sequence[int]) -> int:
     """How many tokens two texts have in common from their beginning on."""
     return next((i for i, (a, b) in enumerate(zip(kept, prompt, strict=False)) if a != b), min(len(kept), len(prompt)))
-
-
-def _cut(values: list[float], *sizes: int) -> list[list[float]]:
-    """A list in parts of these sizes, and the rest."""
-    ends = [0, *accumulate(sizes)]
-    return [*(values[start:end] for start, end in pairwise(ends)), values[ends[-1] :]]
