@@ -32,7 +32,28 @@ LENGTHS = (40, 19, 2)
 NUM_TOKENS = 10
 
 
-@pytest.fixture(scope="module", params=FAMILIES, ids=lambda family: family.model_type)
+DISTINCT = {
+    "mistral",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neo",
+    "gpt_neox",
+    "falcon",
+    "mixtral",
+    "llama4_text",
+    "opt",
+}
+"""Families that differ in what decoding must know of them; the others run with the slow tests."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(family, marks=[] if family.model_type in DISTINCT else [pytest.mark.slow]) for family in FAMILIES
+    ],
+    ids=lambda family: family.model_type,
+)
 def base(request: pytest.FixtureRequest) -> PreTrainedModel:
     return request.param.make()
 

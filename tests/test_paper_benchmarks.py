@@ -4,14 +4,12 @@ import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 from trainings import CONFIG, RULE
 
@@ -100,15 +98,6 @@ def test_the_base_model_s_own_text_has_no_impossible_pair(script: Callable, tiny
     assert judged[0][0].tolist() == [True] * 4 + [False]
 
 
-class Recorder(Decoder):
-    """Keeps the drafts of every call."""
-
-    def _draft(self, logits: Tensor, u: Tensor) -> tuple[list[int], list[float]]:
-        drafts, confidences = super()._draft(logits, u)
-        self.drafts = [*getattr(self, "drafts", []), drafts]
-        return drafts, confidences
-
-
 @pytest.mark.parametrize("variant", ["one_hot", "categorical"])
 def test_windows_are_proposed_as_the_decoder_proposes_them(
     variant: str, script: Callable, tiny_llama: Callable, random_adapter: Callable
@@ -123,11 +112,12 @@ def test_windows_are_proposed_as_the_decoder_proposes_them(
         batch["starts"][0].tolist(), batch["z"][0], script("independent").propose(model, batch, RULE)[0], strict=True
     ):
         context = batch["ids"][0, start - int(batch["positions"][0, start]) : start]
-        decoder = Recorder(model, RULE, budget=config.window)
+        session = Decoder(model, RULE, budget=config.window).session()
         # One number more: a decoder does not draft the last token of a text.
         request = replace(make_request(model.base_model, context, 6, seed=0, end_token_ids=[]), u=F.pad(u, (0, 1)))
-        first, _ = islice(decoder.steps(request), 2)
-        assert [*first.token_ids, *decoder.drafts[0]] == proposed.tolist()
+        text = session.enter(request)
+        ((_, first),) = session.step()
+        assert [*first.token_ids, *text.drafts] == proposed.tolist()
 
 
 def test_stored_intervals_are_those_of_their_rule_and_agree_with_no_other(

@@ -66,7 +66,7 @@ def test_it_is_about_as_fast_as_the_best_fixed_budget(latency: Latency, accuracy
         for budget in (0, 2, 4, 8, 12, 16, 24, 40, 64)
     ]
     measured = MeasuredBudget(profile(accuracy), latency, 64)
-    assert Simulation(measured, latency, accuracy, 1.0).tokens_per_second(3000) > 0.97 * max(fixed)
+    assert Simulation(measured, latency, accuracy, 1.0).tokens_per_second(3000) > 0.95 * max(fixed)
 
 
 @pytest.mark.parametrize("latency", [FLAT, GENTLE, STEEP], ids=["flat", "gentle", "steep"])

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from heapq import heapify, heappop, heapreplace
 from itertools import accumulate
-from math import inf
 from operator import mul
 
 
@@ -56,64 +55,75 @@ def fixed(budget: int) -> list[float]:
 
 
 def allocate(confidences: Sequence[float], profile: Profile, price: Sequence[float], remaining: int) -> Allocation:
-    """Spend positions so that the tokens expected of them, less their price, are most.
+    """Spend positions where they are expected to yield most tokens, as long as that is worth their price.
 
     confidences: c_1 … c_m of the drafts at hand. price: what spending 0 … n positions costs, in tokens, n being the
     most; it never falls (see `fixed` for a budget). remaining: tokens still to be written; nothing beyond them is
     drafted.
 
     Verifying draft j yields S_j = c_1···c_j tokens in this call; widening branch b to w yields P_b·s_w in the next,
-    P_b = S_b·(1 − c_{b+1}) being the chance that exactly b drafts are accepted, and the last branch standing for all.
-    Every number of drafts is tried. Gains for a position fall along an open branch, so taking the largest first is
-    exact for whatever number of positions they sum to; only what is left in front of an opening that does not fit is
-    spent as well as it can be.
+    P_b = S_b·(1 − c_{b+1}) being the chance that exactly b drafts are accepted. Gains for a position fall along an open
+    branch, so taking the largest first is exact for whatever number of positions they sum to; what is left in front of
+    an opening that does not fit is spent as well as it can be. S_j ≥ P_j·s_w means that no branch is opened behind an
+    unverified draft. Without the drafts left out, the last branch is likelier, and widths are found anew.
 
-    Three drafts with c = 0.9, 0.8, 0.1 and survival 0.5, 0.25, no lead: verifying two gains 0.9 and 0.72, and their
-    branches 0: 0.05 0.03, 1: 0.09 0.05, 2: 0.36 0.18. So a budget of 5 verifies both, gives branch 2 its two drafts and
-    branch 1 one; verifying the third draft too would gain 0.07 in place of that 0.09.
+    Which drafts are verified is not chosen for the sum of both gains: a call that drops its drafts for a wide branch
+    promises as much, one call later, and then would do so again.
+
+    Three drafts with c = 0.9, 0.8, 0.1 and survival 0.5, 0.25, no lead: gains of drafts 0.9 0.72 0.07, of branches
+    0: 0.05 0.03, 1: 0.09 0.05, 2: 0.32 0.16, 3: 0.04 0.02; a budget of 5 verifies two drafts and gives branch 2 its
+    two drafts; with the third draft unverified, branch 2 stands for everything accepted.
     """
     most, length = len(price) - 1, len(profile.survival)
-    confidences = confidences[: max(0, min(remaining - 1, most))]
-    reached = [1.0, *accumulate(confidences, mul)]
+    reached = [1.0, *accumulate(confidences[: max(0, min(remaining - 1, most))], mul)]
     # The call after branch b came true writes one token of its own and needs no more drafts than are then left.
     room = [max(0, min(length, remaining - 2 - branch)) for branch in range(len(reached))]
-    best, allocation = -inf, Allocation(0, (0,))
-    for num_drafts in range(len(confidences), -1, -1):
-        verified = sum(reached[1 : num_drafts + 1])
-        if verified + profile.expected[min(length, most - num_drafts)] - price[num_drafts] < best:
-            continue  # not even with one branch that is sure to come true
-        before = reached[: num_drafts + 1]
-        chances = [a - b for a, b in zip(before, [*before[1:], 0.0], strict=True)]
-        tokens, widths = _widen(chances, room, profile, price[num_drafts:])
-        if verified + tokens >= best:  # of equals, the fewer drafts
-            best, allocation = verified + tokens, Allocation(num_drafts, tuple(widths))
-    return allocation
+    num_drafts, widths = _spend(reached[1:], _exactly(reached), room, profile, price)
+    if num_drafts < len(reached) - 1:
+        _, widths = _spend([], _exactly(reached[: num_drafts + 1]), room, profile, price[num_drafts:])
+    return Allocation(num_drafts, tuple(widths[: num_drafts + 1]))
 
 
-def _widen(chances: list[float], room: list[int], profile: Profile, price: Sequence[float]) -> tuple[float, list[int]]:
-    """Widths of branches that come true with these chances, and the tokens expected of them, less their price."""
+def _exactly(reached: list[float]) -> list[float]:
+    """The chances that exactly 0, 1, … drafts are accepted, of those that so many at least are."""
+    return [this - after for this, after in zip(reached, [*reached[1:], 0.0], strict=True)]
+
+
+VERIFY = -1
+"""In place of a branch: verify the next draft."""
+
+
+def _spend(
+    drafts: list[float], chances: list[float], room: list[int], profile: Profile, price: Sequence[float]
+) -> tuple[int, list[int]]:
+    """How many drafts, of these gains, to verify and how wide to make branches that come true with these chances."""
     expected, survival, lead, most = profile.expected, profile.survival, profile.lead, len(price) - 1
-    widths, taken = [0] * len(chances), [0] * len(chances)
-    tokens, spent, best = 0.0, 0, -price[0]
-    # Best rate first; of each branch, what it would take next.
-    offers = []
+    num_drafts, widths, tokens, spent = 0, [0] * len(chances), 0.0, 0
+    best, taken = -price[0], (0, widths.copy())
+    # Best gain for a position first; of each branch, what it would take next.
+    offers = [(-drafts[0], VERIFY)] if drafts and drafts[0] > 0 else []
     for branch, chance in enumerate(chances):
         if chance > 0 and (opening := profile.openings[room[branch]]):
             offers.append((-chance * expected[opening] / (opening + lead), branch))
     heapify(offers)
     while offers and spent < most:
-        branch, width = offers[0][1], widths[offers[0][1]]
-        after = width + 1 if width else min(profile.openings[room[branch]], most - spent - lead)
-        if after <= width:
-            heappop(offers)
-            continue
-        widths[branch] = after
-        tokens += chances[branch] * (expected[after] - expected[width])
-        spent += after - width if width else after + lead
-        if tokens - price[spent] > best:
-            best, taken = tokens - price[spent], widths.copy()
-        if after < room[branch] and survival[after] > 0:
-            heapreplace(offers, (-chances[branch] * survival[after], branch))
+        gain, branch = offers[0]
+        following = 0.0
+        if branch == VERIFY:
+            num_drafts, tokens, spent = num_drafts + 1, tokens - gain, spent + 1
+            following = drafts[num_drafts] if num_drafts < len(drafts) else 0.0
+        else:
+            width = widths[branch]
+            after = width + 1 if width else min(profile.openings[room[branch]], most - spent - lead)
+            if after > width:
+                widths[branch] = after
+                tokens += chances[branch] * (expected[after] - expected[width])
+                spent += after - width if width else after + lead
+                following = chances[branch] * survival[after] if after < room[branch] else 0.0
+        if following > 0:
+            heapreplace(offers, (-following, branch))
         else:
             heappop(offers)
-    return best, taken
+        if tokens - price[spent] > best:
+            best, taken = tokens - price[spent], (num_drafts, widths.copy())
+    return taken
