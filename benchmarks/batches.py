@@ -20,12 +20,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.plain import decode_plainly
-from ptp.decoding.requests import make_request
+from ptp.evaluation.experiment_bench import held_out_requests
 from ptp.evaluation.experiment_report import decoding_threads, hardware
 from ptp.experiment import Experiment
 from ptp.model.loading import load_base_model
 from ptp.model.ptp_model import PTPModel
-from ptp.stages.train import validation_prompts
 
 
 def main() -> None:
@@ -42,11 +41,7 @@ def main() -> None:
     rule = experiment.config.sampling
     plain_model = load_base_model(experiment.base_model, arguments.dtype).eval()
     model = PTPModel.from_pretrained(experiment.directory, dtype=arguments.dtype)
-    prompts = validation_prompts(experiment, arguments.num_prompts)
-    requests = [
-        make_request(plain_model, prompt, arguments.max_new_tokens, seed=0, sequence=number)
-        for number, prompt in enumerate(prompts)
-    ]
+    requests = held_out_requests(experiment, plain_model, arguments.num_prompts, arguments.max_new_tokens)
     rows = []
     with decoding_threads(plain_model.num_parameters()):
         expected = [decode_plainly(plain_model, request, rule) for request in requests]

@@ -14,16 +14,14 @@ import argparse
 import json
 
 from ptp.decoding.decoder import Decoder
-from ptp.decoding.requests import make_request
 from ptp.evaluation.bench import OVERALL, Round, figures, take_turns
-from ptp.evaluation.experiment_bench import HELD_OUT
+from ptp.evaluation.experiment_bench import HELD_OUT, held_out_requests
 from ptp.evaluation.experiment_report import decoding_threads, hardware
 from ptp.evaluation.methods import PLAIN, Method, by_decoder, by_plain_loop
 from ptp.evaluation.verify import compare
 from ptp.experiment import Experiment
 from ptp.model.loading import load_base_model
 from ptp.model.ptp_model import PTPModel
-from ptp.stages.train import validation_prompts
 
 
 def budget_of(value: str) -> int | str:
@@ -49,10 +47,7 @@ def main() -> None:
         decoders = {budget: Decoder(model, rule, budget) for budget in arguments.budgets}
     methods: dict[str, Method] = {str(budget): by_decoder(decoder) for budget, decoder in decoders.items()}
     methods[PLAIN] = by_plain_loop(plain_model, rule)
-    requests = [
-        make_request(plain_model, prompt, arguments.max_new_tokens, seed=0, sequence=number)
-        for number, prompt in enumerate(validation_prompts(experiment, arguments.num_prompts))
-    ]
+    requests = held_out_requests(experiment, plain_model, arguments.num_prompts, arguments.max_new_tokens)
     with decoding_threads(num_parameters):
         take_turns(methods, requests[0], repetitions=1, first=0)  # unmeasured
         rounds = [

@@ -29,7 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ptp.cache import RollbackCache
 from ptp.config import PTPConfig
-from ptp.decoding.allocation import Profile, fixed
+from ptp.decoding.allocation import Profile
+from ptp.decoding.budget import FixedBudget
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import make_request
@@ -62,22 +63,6 @@ SHAPES = {
     ),
 }
 RULE = SamplingRule(temperature=0.7, top_k=50, top_p=0.95)
-
-
-class Spender:
-    """A policy under which every call spends its budget, on drafts that are said to be likely."""
-
-    def __init__(self, budget: int, profile: Profile) -> None:
-        self.most, self._price, self._profile = budget, fixed(budget), profile
-
-    def price(self, num_texts: int) -> list[float]:
-        return self._price
-
-    def profile(self, num_texts: int) -> Profile:
-        return self._profile
-
-    def learn(self, num_texts: int, num_tokens: int, num_positions: int) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -138,7 +123,7 @@ def measure(shape: str, dtype: torch.dtype, targets: str | tuple[str, ...], size
     profile = Profile(tuple(0.95**k for k in range(1, model.ptp_config.num_drafts + 1)), model.ptp_config.lead)
     rows = []
     for size in sizes:
-        session = Session(model, RULE, head, Spender(size - 1, profile))
+        session = Session(model, RULE, head, FixedBudget(profile, size - 1))
         model.read = read  # type: ignore[method-assign]
 
         def step(session: Session = session, size: int = size) -> float:

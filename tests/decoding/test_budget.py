@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
+from ptp.cache import SlotCache
 from ptp.config import PTPConfig
 from ptp.decoding import latency as latency_module
 from ptp.decoding.allocation import Profile, allocate
@@ -158,3 +159,23 @@ def test_calls_are_measured_by_the_positions_that_they_have(
 def test_a_model_that_drafts_nothing_has_nothing_to_measure(base: PreTrainedModel, random_adapter: Callable) -> None:
     model = random_adapter(PTPModel(deepcopy(base), PTPConfig(variant="one_hot", window=1)))
     assert Decoder(model, SamplingRule(), budget="auto").policy.most == 0
+
+
+def test_measuring_a_model_of_a_long_context_takes_the_memory_of_short_texts(
+    tiny_llama: Callable, random_adapter: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    base = tiny_llama(20)
+    base.config.max_position_embeddings = 10**6
+    reserved = []
+    monkeypatch.setattr(SlotCache, "reserve", spied(SlotCache.reserve, reserved))
+    Decoder(random_adapter(PTPModel(base, PTPConfig(window=5))), SamplingRule(), budget="auto")
+    assert 0 < max(reserved) < 400
+
+
+def spied(reserve: Callable, seen: list[int]) -> Callable:
+    def noting(self: SlotCache, capacity: int) -> None:
+        seen.append(capacity)
+        reserve(self, capacity)
+
+    return noting

@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 from ptp.config import PTPConfig
 from ptp.decoding.decoder import Decoder
+from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import make_request
 from ptp.demo import make_tokenizer
 from ptp.errors import ConfigError
-from ptp.evaluation.methods import ASSISTED, GENERATE, LOOKUP, PLAIN, PTP, Method, make_methods
+from ptp.evaluation.methods import ASSISTED, GENERATE, LOOKUP, PLAIN, PTP, Method, by_generate, make_methods
 from ptp.experiment import ExperimentConfig
 from ptp.model.loading import load_base_model
 from ptp.model.ptp_model import PTPModel
@@ -116,3 +117,12 @@ def test_an_assistant_with_other_tokens_is_refused(
     with pytest.raises(ConfigError, match="same tokenizer") as refusal:
         make_methods(decoder, model, config.base_model, str(tmp_path))
     assert str(tmp_path) in str(refusal.value)
+
+
+def test_generate_samples_under_min_p_too(tiny_llama: Callable) -> None:
+    base = tiny_llama(40)
+    request = make_request(base, [5, 3, 0, 4], 12, seed=0, end_token_ids=[])
+    # Of tokens as likely as the likeliest there is one: sampling is greedy.
+    greedy = decode_plainly(base, request, SamplingRule(temperature=0))
+    assert by_generate(base, SamplingRule(min_p=1.0))(request).token_ids == greedy
+    assert by_generate(base, SamplingRule())(request).token_ids != greedy

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from ptp.cli.common import budget, note, progress_bar
+from ptp.cli.common import BudgetOption, note, progress_bar
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,15 +31,7 @@ def command(
     column: Annotated[Optional[str], typer.Option(help="Its column of prompts, if it is not recognised.")] = None,
     num_prompts: Annotated[int, typer.Option(min=1, help="Questions of each task.")] = 24,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to write for each.")] = 128,
-    positions: Annotated[
-        Any,
-        typer.Option(
-            "--budget",
-            parser=budget,
-            metavar="INTEGER|auto",
-            help="Positions a call may spend on drafts; auto is what pays on this machine.",
-        ),
-    ] = "24",
+    budget: BudgetOption = "24",
     repetitions: Annotated[int, typer.Option(min=1, help="Times each prompt is answered by each method.")] = 3,
     assistant: Annotated[
         Optional[str], typer.Option(help="Small model with the same tokenizer, to measure assisted generation too.")
@@ -70,7 +62,7 @@ def command(
             column=column,
             num_prompts=num_prompts,
             max_new_tokens=max_new_tokens,
-            budget=positions,
+            budget=budget,
             repetitions=repetitions,
             assistant=assistant,
             seed=seed,

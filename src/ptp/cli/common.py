@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from signal import SIGINT, SIGTERM
-from typing import TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console, RenderableType
@@ -32,6 +32,18 @@ def budget(value: str) -> int | str:
     if value == "auto" or value.isdecimal():
         return value if value == "auto" else int(value)
     raise typer.BadParameter(f"must be auto or a number from 0 up; got {value!r}")
+
+
+BudgetOption = Annotated[
+    Any,
+    typer.Option(
+        "--budget",
+        parser=budget,
+        metavar="INTEGER|auto",
+        help="Positions a call may spend on drafts; 0 decodes plainly, auto is what pays on this machine.",
+    ),
+]
+"""The option of commands that decode."""
 
 
 def note(text: str) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
-from ptp.cli.common import budget, console, run
+from ptp.cli.common import BudgetOption, console, run
 from ptp.errors import DecodingError
 
 
@@ -24,15 +24,7 @@ def command(
     stop: Annotated[
         Optional[list[str]], typer.Option(help="End with the token that completes this text; may be repeated.")
     ] = None,
-    positions: Annotated[
-        Any,
-        typer.Option(
-            "--budget",
-            parser=budget,
-            metavar="INTEGER|auto",
-            help="Positions a call may spend on drafts; 0 decodes plainly, auto is what pays on this machine.",
-        ),
-    ] = "auto",
+    budget: BudgetOption = "auto",
     temperature: Annotated[Optional[float], typer.Option(help="Instead of the adapter's own.")] = None,
     top_k: Annotated[Optional[int], typer.Option(help="Instead of the adapter's own.")] = None,
     top_p: Annotated[Optional[float], typer.Option(help="Instead of the adapter's own.")] = None,
@@ -75,7 +67,7 @@ def command(
     request = request_from(config, model.base_model, rule, prompt_ids, seed=seed, tokenizer=tokenizer)
     streams = sys.stdout.isatty() and not as_json
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-    out = Decoder(model, rule, positions).answer(request, streamer)
+    out = Decoder(model, rule, budget).answer(request, streamer)
     text = tokenizer.decode(out.token_ids, skip_special_tokens=True)
     if not as_json:
         if not streams:

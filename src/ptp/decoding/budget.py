@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -71,9 +72,13 @@ class Latency:
     positions: tuple[int, ...]
     seconds: tuple[float, ...]
 
+    @cached_property
+    def rising(self) -> np.ndarray:
+        """The seconds, none less than those of a smaller call: a larger one was measured the faster by chance."""
+        return np.maximum.accumulate(self.seconds)
+
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        # A larger call that was measured the faster was so by chance.
-        seconds = np.maximum.accumulate(self.seconds)
+        seconds = self.rising
         slope = (seconds[-1] - seconds[-2]) / (self.positions[-1] - self.positions[-2])
         beyond = np.maximum(positions - self.positions[-1], 0) * slope
         return np.interp(positions, self.positions, seconds) + beyond

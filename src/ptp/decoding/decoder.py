@@ -203,7 +203,9 @@ class Decoder:
         def measure() -> Latency:
             context = context_length(self.model.base_model.config) or 2 * CONTEXT
             prompt = [0] * max(1, min(CONTEXT, context // 2))
-            request = make_request(self.model.base_model, prompt, context // 2, seed=0, end_token_ids=[])
+            # Room for two windows and no more: eight texts of a long context would not fit beside a large model.
+            room = min(2 * self.model.ptp_config.window + 2, context - len(prompt))
+            request = make_request(self.model.base_model, prompt, room, seed=0, end_token_ids=[])
             return measure_latency(self._session, request, profile)
 
         return MeasuredBudget(profile, kept_latency(self.model, self.layers is not None, measure), MOST_POSITIONS)

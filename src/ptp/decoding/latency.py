@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from ptp.decoding.allocation import Profile, fixed
-from ptp.decoding.budget import Latency, Policy
+from ptp.decoding.budget import FixedBudget, Latency, Policy
 from ptp.decoding.requests import Request
 from ptp.decoding.session import Session
 from ptp.errors import DataError
@@ -39,20 +39,13 @@ CONTEXT = 128
 """Prompt tokens, at most, that the measured calls stand behind."""
 
 
-class _Meter:
-    """A policy under which every call spends a budget, and that tells how many positions it had."""
+class _Meter(FixedBudget):
+    """A budget of which every call spends as much as it is told to, and that notes how many positions it had."""
 
-    def __init__(self, profile: Profile, most: int) -> None:
-        self.most, self.budget, self.num_positions = most, 0, 0
-        # Drafts are so likely to be right that there is always something to spend on.
-        sure = tuple(0.9**k for k in range(1, len(profile.survival) + 1))
-        self._profile = Profile(sure, profile.lead)
+    budget = num_positions = 0
 
     def price(self, num_texts: int) -> Sequence[float]:
         return fixed(self.budget)
-
-    def profile(self, num_texts: int) -> Profile:
-        return self._profile
 
     def learn(self, num_texts: int, num_tokens: int, num_positions: int) -> None:
         self.num_positions = num_positions
@@ -67,6 +60,8 @@ def measure_latency(make_session: Callable[[Policy, int], Session], request: Req
     times: dict[int, list[float]] = {}
     too_long: set[tuple[int, int]] = set()
     most = max(budget for _, budgets in CALLS for budget in budgets)
+    # Drafts are so likely to be right that there is always something to spend on.
+    profile = Profile(tuple(0.9**k for k in range(1, len(profile.survival) + 1)), profile.lead)
     sessions = {num_texts: make_session(_Meter(profile, most), num_texts) for num_texts, _ in CALLS}
     for number in range(ROUNDS + 1):
         for num_texts, budgets in CALLS:

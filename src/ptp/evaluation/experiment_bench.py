@@ -70,6 +70,14 @@ class Bench:
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
+def held_out_requests(
+    experiment: Experiment, plain_model: PreTrainedModel, num_prompts: int, max_new_tokens: int
+) -> list[Request]:
+    """Held-out prompts as requests, each a sequence of seed 0."""
+    prompts = validation_prompts(experiment, num_prompts)
+    return [make_request(plain_model, ids, max_new_tokens, seed=0, sequence=i) for i, ids in enumerate(prompts)]
+
+
 def bench_experiment(
     experiment: Experiment,
     *,

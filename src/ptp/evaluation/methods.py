@@ -89,8 +89,8 @@ def by_generate(model: PreTrainedModel, rule: SamplingRule, **settings: Any) -> 
 
     settings: what it takes besides, such as `assistant_model`.
     """
-    warpers = {"temperature": rule.temperature, "top_k": rule.top_k, "top_p": rule.top_p} if rule.temperature else {}
-
+    names = ("temperature", "top_k", "top_p", "min_p")
+    warpers = {name: getattr(rule, name) for name in names} if rule.temperature else {}
     generate = cast(Callable[..., torch.Tensor], model.generate)
 
     @torch.inference_mode()
