@@ -6,7 +6,7 @@ import pytest
 
 import ptp
 
-HEAVY = {"datasets", "openai", "questionary", "tensorboard", "ptp.cli.questions"}
+HEAVY = {"datasets", "openai", "prompt_toolkit", "questionary", "tensorboard", "ptp.cli.questions", "ptp.cli.chat"}
 """Needed by few commands, and slow to import: they are imported where they are used."""
 
 SOURCE = Path(ptp.__file__).parent
@@ -30,6 +30,7 @@ ALLOWED = {
     "model": FOUNDATION | {"model"},
     "training": FOUNDATION | {"training", "data", "model"},
     "decoding": FOUNDATION | {"decoding", "model"},
+    "chat": FOUNDATION | {"chat", "data", "model", "decoding", "evaluation"},
 }
 
 
