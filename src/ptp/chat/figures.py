@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -14,7 +13,7 @@ from ptp.decoding.requests import Request
 from ptp.decoding.session import Step
 from ptp.sampling import SamplingRule
 
-BASELINE_TOKENS, BASELINE_SECONDS = 32, 2.0
+BASELINE_TOKENS, BASELINE_SECONDS = 64, 2.0
 """Plain calls that are timed, and the time after which no more are made."""
 
 FEWEST = 4
@@ -76,22 +75,21 @@ class Figures:
             f"{self.num_tokens / self.num_calls:.2f} tokens per call",
         ]
         if (speed := self.tokens_per_second) is not None:
-            parts.append(f"{speed:,.1f} tokens per second")
+            parts.append(f"{speed:,.1f} tokens/s")
             if plain is not None:
-                parts.append(f"{speed / plain:.2f} times plain decoding")
+                parts.append(f"{speed / plain:.2f}x plain decoding")
         return ", ".join(parts)
 
 
 def plain_speed(base_model: PreTrainedModel, request: Request, rule: SamplingRule) -> float | None:
     """Tokens per second of the bare loop, behind the prompt of a request; None if there is room for too few of them.
 
-    Its text is not used, so nothing ends it. The median counts: what slows the machine for a moment does not make the
-    other way of decoding look faster.
+    As in `Figures`, the first call does not count: it reads the prompt. The text is not used, so nothing ends it.
     """
     clocked = _Clocked(**{each.name: getattr(request, each.name) for each in fields(request)})
     decode_plainly(base_model, clocked, rule)
-    spans = [after - before for before, after in zip(clocked.times, clocked.times[1:], strict=False)]
-    return 1 / statistics.median(spans) if len(spans) >= FEWEST else None
+    num_timed = len(clocked.times) - 1
+    return num_timed / (clocked.times[-1] - clocked.times[0]) if num_timed >= FEWEST else None
 
 
 @dataclass(frozen=True)

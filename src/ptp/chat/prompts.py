@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from ptp.data.chats import Message, TemplateError, encode, render
-from ptp.errors import ConfigError
+from ptp.errors import ConfigError, DataError
 
 
 def user(text: str) -> Message:
-    """What a user says, without the white space around it."""
+    """What a user says, without the white space around it. Raises `DataError` if it is nothing."""
+    if not text.strip():
+        raise DataError("the prompt is empty; give some text to answer")
     return {"role": "user", "content": text.strip()}
 
 

@@ -27,7 +27,7 @@ HUES = ("blue", "yellow", "green", "magenta")
 """The hues of `ptp.evaluation.colour` as a terminal names them: its own palette suits its background."""
 
 KEYS = (
-    ("Ctrl-C", "stop the answer, what is written stays; twice also while the prompt is read; or clear the line"),
+    ("Ctrl-C", "stop the answer and keep what is written (twice: at once); at the prompt, clear the line"),
     ("Alt-Enter", "a new line in the message; a text of several lines can be pasted as it is"),
     ("Up, Ctrl-R", "earlier messages, also of other chats"),
 )
@@ -175,7 +175,7 @@ class Conversation:
             else "; cut at max_new_tokens",
             None: "; stopped",
         }
-        self.note(Figures.of([turn]).described(chat.plain_speed) + ends[turn.finish_reason])
+        self.note(Figures.of([turn]).described(chat.plain_speed) + ends[turn.finish_reason] + "\n")
 
     def on_reset(self, _: str) -> None:
         self.chat.reset()
@@ -209,7 +209,7 @@ class Conversation:
                 ("answers", len(chat.turns)),
                 ("in all", figures.described(plain)),
                 ("drafts accepted", f"{figures.num_accepted:,} of {figures.num_drafts:,}{accepted}"),
-                ("plain decoding", "not measured" if plain is None else f"{plain:,.1f} tokens per second"),
+                ("plain decoding", "not measured" if plain is None else f"{plain:,.1f} tokens/s"),
                 ("last prompt", f"{num_prompt:,} tokens, {turn.num_reused:,} of them read in earlier turns"),
                 ("context", f"{num_prompt + num_written:,} of {chat.context or 'unknown'} tokens"),
             ]
@@ -221,9 +221,9 @@ class Conversation:
         if not self.coloured:
             self.note("colours off")
             return
-        for hue in HUES:
-            self.console.out("a call's drafts", style=hue, highlight=False, end=" ")
-            self.console.out("and its own token", style=f"{hue} underline", highlight=False, end="  ")
+        for hue in HUES[:2]:
+            self.console.out("accepted drafts of a call,", style=hue, highlight=False, end=" ")
+            self.console.out("its own token", style=f"{hue} underline", highlight=False, end="  ")
         self.console.out("")
 
     def on_save(self, argument: str) -> None:

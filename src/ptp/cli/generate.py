@@ -47,14 +47,15 @@ def command(
 ) -> None:
     """Chat on a terminal, or answer one prompt; only verified text is printed, on a terminal as it comes.
 
-    A prompt is a user's turn in the model's chat template; without one, or with --raw, it is a text to complete.
+    A prompt is a user's turn in the model's chat template; without a template, or with --raw, a text to complete.
     """
     from transformers import TextStreamer
 
-    from ptp.chat.chat import Chat
-    from ptp.chat.prompts import prompt_ids, user
+    from ptp.chat.prompts import prompt_ids as chat_prompt_ids
+    from ptp.chat.prompts import user
     from ptp.chat.settings import Settings
     from ptp.decoding.decoder import Decoder
+    from ptp.decoding.threads import decoding_threads
     from ptp.model.adapter import find_adapter, read_settings, resolve_base_model
     from ptp.model.loading import load_tokenizer
     from ptp.model.ptp_model import PTPModel
@@ -63,48 +64,49 @@ def command(
     adapter = find_adapter(directory)
     stored = read_settings(adapter)
     changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    rule = SamplingRule(
-        **{**dict(stored.rule or SamplingRule()), **{k: v for k, v in changes.items() if v is not None}}
-    )
-    chats = prompt is None and sys.stdin.isatty()
-    if chats and (as_json or not sys.stdout.isatty()):
-        raise DecodingError("no prompt: give --prompt TEXT, or a text on standard input")
-    if prompt is None and not chats:
+    given = {name: value for name, value in changes.items() if value is not None}
+    rule = SamplingRule(**{**dict(stored.rule or SamplingRule()), **given})
+    on_terminal = sys.stdout.isatty() and not as_json
+    if prompt is None and not (sys.stdin.isatty() and on_terminal):
+        if sys.stdin.isatty():
+            raise DecodingError("no prompt: give --prompt TEXT, or a text on standard input")
         prompt = sys.stdin.read()
     if prompt == "":
         raise DecodingError("the prompt is empty; give some text to complete")
     base_model = resolve_base_model(adapter, stored.base_model)
     tokenizer = load_tokenizer(base_model)
     templated = bool(tokenizer.chat_template) and not raw
+    if max_new_tokens is None:
+        max_new_tokens = ANSWER_TOKENS if templated else COMPLETION_TOKENS
     settings = Settings(
         rule=rule,
         repetition_penalty=repetition_penalty,
         min_new_tokens=min_new_tokens,
-        max_new_tokens=max_new_tokens
-        if max_new_tokens is not None
-        else ANSWER_TOKENS
-        if templated
-        else COMPLETION_TOKENS,
+        max_new_tokens=max_new_tokens,
         stop=tuple(stop or ()),
         seed=seed,
         budget=budget,
     )
     if prompt is None:
+        from ptp.chat.chat import Chat
         from ptp.cli.chat import converse
 
-        with console.status("loading the model"):
-            chat = Chat(PTPModel.from_pretrained(adapter, dtype=dtype), tokenizer, settings, templated)
-        converse(chat, Path(base_model).name)
+        with console.status(f"loading {directory}"):
+            model = PTPModel.from_pretrained(adapter, dtype=dtype)
+        with decoding_threads(model.base_model.num_parameters()):
+            with console.status("getting ready"):
+                chat = Chat(model, tokenizer, settings, templated)
+            converse(chat, f"{Path(base_model).name} with the adapter in {directory}")
         return
     model = PTPModel.from_pretrained(adapter, dtype=dtype)
-    ids = prompt_ids(tokenizer, [user(prompt)]) if templated else list(tokenizer(prompt)["input_ids"])
-    request = settings.request(model.base_model, tokenizer, ids)
-    streams = sys.stdout.isatty() and not as_json
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-    out = Decoder(model, rule, budget).answer(request, streamer)
+    prompt_ids = chat_prompt_ids(tokenizer, [user(prompt)]) if templated else list(tokenizer(prompt)["input_ids"])
+    request = settings.request(model.base_model, tokenizer, prompt_ids)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if on_terminal else None
+    with decoding_threads(model.base_model.num_parameters()):
+        out = Decoder(model, rule, budget).answer(request, streamer)
     text = tokenizer.decode(out.token_ids, skip_special_tokens=True)
     if not as_json:
-        if not streams:
+        if not on_terminal:
             print(text)
         console.print(
             f"{len(out.token_ids)} tokens, {out.num_calls} calls, {out.tokens_per_call:.2f} tokens per call",
@@ -112,7 +114,7 @@ def command(
         )
         return
     record = {
-        "prompt_ids": ids,
+        "prompt_ids": prompt_ids,
         "token_ids": out.token_ids,
         "u": out.u,
         "text": text,
