@@ -153,14 +153,14 @@ class Chat:
         settings.request(self.model.base_model, self.tokenizer, [0])
 
     def save(self, path: Path, overwrite: bool = False) -> None:
-        """Write the chat as OpenAI's messages: {"messages": [{"role": …, "content": …}, …]}."""
+        """Write the chat as OpenAI's messages, {"messages": [{"role": …, "content": …}, …]}: a data set of one row."""
         if not self.messages:
             raise DataError("there is nothing to save yet")
         if path.exists() and not (overwrite and path.is_file()):
             hint = "; /save --overwrite replaces it" if path.is_file() else " and no file"
             raise DataError(f"{path} is there already{hint}")
         before = [] if self.system is None else [system(self.system)]
-        chat = json.dumps({"messages": [*before, *self.messages]}, indent=2, ensure_ascii=False) + "\n"
+        chat = json.dumps({"messages": [*before, *self.messages]}, ensure_ascii=False) + "\n"
         write_atomically(path, chat.encode("utf-8", errors="replace"))
 
     @property
