@@ -114,16 +114,20 @@ def test_without_a_template_each_text_is_completed_by_itself(directory: Path) ->
 
 
 def test_the_system_message_comes_first_until_it_is_taken_away(chat: Chat) -> None:
+    def begins(start: str) -> bool:
+        return chat.tokenizer.decode(chat.turns[-1].request.prompt_ids).startswith(f"{start}<|user|>\n1 and 2?</s>")
+
     said(chat, "1 and 2?")
+    assert begins("")
     chat.tell("Add.")
     said(chat, "and 3?")
-    assert chat.tokenizer.decode(chat.turns[1].request.prompt_ids).startswith("<|system|>\nAdd.</s>\n<|user|>\n1 and 2?")
+    assert begins("<|system|>\nAdd.</s>\n")
     chat.reset()
     said(chat, "1 and 2?")
-    assert chat.tokenizer.decode(chat.turns[0].request.prompt_ids).startswith("<|system|>\nAdd.</s>\n<|user|>\n1 and 2?")
+    assert begins("<|system|>\nAdd.</s>\n")
     chat.tell(None)
     said(chat, "and 3?")
-    assert chat.tokenizer.decode(chat.turns[1].request.prompt_ids).startswith("<|user|>\n1 and 2?")
+    assert begins("")
     check_plain(chat)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,6 +23,14 @@ from ptp.chat.commands import COMMANDS, parse, parse_save
 from ptp.chat.figures import Figures
 from ptp.errors import PTPError
 from ptp.evaluation.colour import hue_index, printable
+
+try:
+    import termios
+except ImportError:  # Windows, whose console does not echo what no program reads
+    termios = None  # type: ignore[assignment]
+
+LOCAL_MODES = 3
+"""Where they stand among a terminal's attributes."""
 
 HUES = ("blue", "yellow", "green", "magenta")
 """The hues of `ptp.evaluation.colour` as a terminal names them: its own palette suits its background."""
@@ -100,7 +109,25 @@ def converse(chat: Chat, name: str) -> None:
         key_bindings=keys,
         prompt_continuation="  ",
     )
-    Conversation(chat, Console(markup=False, highlight=False)).run(session.prompt, name)
+    with silent_keyboard():
+        Conversation(chat, Console(markup=False, highlight=False)).run(session.prompt, name)
+
+
+@contextmanager
+def silent_keyboard() -> Iterator[None]:
+    """What is typed while an answer is written does not appear in its midst; the next prompt shows it."""
+    if termios is None:
+        yield
+        return
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    silent = termios.tcgetattr(descriptor)
+    silent[LOCAL_MODES] &= ~termios.ECHO
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
 
 
 class Conversation:
@@ -111,17 +138,13 @@ class Conversation:
 
     def run(self, read: Callable[[], str], name: str) -> None:
         """Until the user leaves. read: a line, `KeyboardInterrupt` for one that is given up, `EOFError` at the end."""
-        self.note(f"{name}; /help lists commands, Ctrl-D leaves")
+        self.note(name)
         if not self.chat.templated:
-            self.note("Without a chat template: each text is completed by itself, and nothing before it is known.")
+            self.note("no chat template: each text is completed by itself, without those before it")
+        self.note("/help lists commands, Ctrl-D leaves\n")
         while True:
             try:
                 line = read()
-            except KeyboardInterrupt:
-                continue
-            except EOFError:
-                return
-            try:
                 command = parse(line)
                 if command is not None and command[0] == "exit":
                     return
@@ -129,6 +152,10 @@ class Conversation:
                     getattr(self, f"on_{command[0]}")(command[1])
                 elif line.strip():
                     self.answer(line)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                continue
             except PTPError as error:
                 self.console.print(str(error), style="red")
             except torch.OutOfMemoryError as error:
@@ -137,6 +164,10 @@ class Conversation:
     def note(self, text: str) -> None:
         self.console.print(text, style="dim")
 
+    def write(self, text: str, style: str | None) -> None:
+        """A part of a line, which the terminal itself breaks: what is copied from it is whole."""
+        self.console.out(text, style=style, highlight=False, end="")
+
     def table(self, rows: Iterable[tuple[str, object]]) -> None:
         rows = list(rows)
         width = max(len(name) for name, _ in rows)
@@ -144,27 +175,27 @@ class Conversation:
             self.note(f"{name:<{width}}  {value}")
 
     def answer(self, text: str) -> None:
-        last = "\n"
+        last, num_answers = "\n", len(self.chat.turns)
         try:
             with first_interrupt() as stopped:
                 for piece in self.chat.answer(text, stopped):
                     shown = printable(piece.text)
                     style = HUES[hue_index(piece.call)] + ("" if piece.accepted else " underline")
-                    self.console.out(shown, style=style if self.coloured else None, highlight=False, end="")
+                    self.write(shown, style if self.coloured else None)
                     last = shown[-1:] or last
         except KeyboardInterrupt:
-            pass
+            pass  # pressed again: what is written is kept all the same
         finally:
             if last != "\n":
                 self.console.out("")
-        self.after()
+        if len(self.chat.turns) == num_answers:
+            self.note("stopped before the first token; the message is not part of the chat")
+        else:
+            self.after()
 
     def after(self) -> None:
         """The line below an answer; plain decoding is timed before it, once."""
         chat = self.chat
-        if not chat.turns:
-            self.note("stopped before the first token; the message is not part of the chat")
-            return
         with suppress(KeyboardInterrupt):
             chat.measure_plain_speed()
         turn = chat.turns[-1]
@@ -221,10 +252,11 @@ class Conversation:
         if not self.coloured:
             self.note("colours off")
             return
-        for hue in HUES[:2]:
-            self.console.out("accepted drafts of a call,", style=hue, highlight=False, end=" ")
-            self.console.out("its own token", style=f"{hue} underline", highlight=False, end="  ")
-        self.console.out("")
+        for number, hue in enumerate(HUES, start=1):
+            self.write(f"drafts accepted in call {number}" if number == 1 else f"in call {number}", hue)
+            self.write(" and its own token" if number == 1 else " and its own", f"{hue} underline")
+            self.write(", ", None)
+        self.console.out("…")
 
     def on_save(self, argument: str) -> None:
         path, overwrite = parse_save(argument)
