@@ -28,7 +28,9 @@ class Terminal:
         environment = environment | {"COLUMNS": ""}
         variables = [word for name, value in environment.items() for word in ("-e", f"{name}={value}")]
         # The shell outlives Ctrl-C, and what stays of the window says how the program ended.
-        line = f"trap : INT; {shlex.join(map(str, command))}; echo left with code $?; exec sleep {2 * PATIENCE}"
+        line = (
+            f"trap : INT; {shlex.join(map(str, command))}; echo left with code $?; stty -a; exec sleep {2 * PATIENCE}"
+        )
         self.tmux("new-session", "-d", "-x", self.columns, "-y", 50, *variables, "sh", "-c", line)
 
     def screen(self, colours: bool = False) -> str:

@@ -96,7 +96,9 @@ def test_a_chat_as_it_is_typed(directory: Path, start: Callable, tmp_path: Path)
         assert window.screen().count(answers[0]) == 2
         window.press("C-d")
         window.wait("left with code 0")
-        assert "Traceback" not in window.screen()
+        screen = window.wait("icanon")
+        assert re.search(r" echo\b", screen), "the keyboard stays silent"
+        assert "Traceback" not in screen
 
 
 def replayed(directory: Path, num_calls: list[int]) -> list[dict[str, str]]:

@@ -26,7 +26,7 @@ from ptp.evaluation.colour import hue_index, printable
 
 try:
     import termios
-except ImportError:  # Windows, whose console does not echo what no program reads
+except ImportError:  # Windows
     termios = None  # type: ignore[assignment]
 
 LOCAL_MODES = 3

@@ -20,7 +20,9 @@ def command(
     directory: Annotated[Path, typer.Argument(help="Experiment or adapter directory.")],
     prompt: Annotated[
         Optional[str],
-        typer.Option(help="Text to answer (default: standard input; on a terminal, a chat).", show_default=False),
+        typer.Option(
+            help="Text to answer; left out on a terminal, a chat (default: standard input).", show_default=False
+        ),
     ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Complete the text as it is, without the model's chat template.")
@@ -45,7 +47,7 @@ def command(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with tokens, u and counts.")] = False,
 ) -> None:
-    """Chat on a terminal, or answer one prompt; only verified text is printed, on a terminal as it comes.
+    """Chat on a terminal, or answer one prompt; only verified text is shown.
 
     A prompt is a user's turn in the model's chat template; without a template, or with --raw, a text to complete.
     """
