@@ -41,7 +41,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, LogitNormalization
+from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from ptp.decoding.decoder import Budget, Decoder, Generation
 from ptp.decoding.options import sampling_rule
@@ -111,10 +111,10 @@ class ParallelGenerate:
         _check_inputs(input_ids, model_kwargs)
         config = copy(generation_config)
         config.num_return_sequences, config.return_dict_in_generate = 1, False  # rows of their own; `ParallelOutput`
+        if seed is None:
+            seed = int(torch.randint(SEEDS, ())) if config.do_sample else 0
         with self._serving(model) as ptp_model:
             rule = sampling_rule(config, ptp_model.rule or SamplingRule())
-            if seed is None:
-                seed = 0 if rule.temperature == 0 else int(torch.randint(SEEDS, ()))
             processors = logits_processor[: len(logits_processor) - _num_warpers(config)]
             requests = [
                 _request(model, ids, padding, seed, row, processors, stopping_criteria)
@@ -152,7 +152,9 @@ class ParallelGenerate:
             raise AdapterError("the model carries an adapter already; give ptp.custom_generate the PTPModel around it")
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
-            return PTPModel.from_pretrained(adapter, model, **self.where)
+            # What a new adapter is filled with must not count among the caller's random numbers.
+            with torch.random.fork_rng(devices=[]):
+                return PTPModel.from_pretrained(adapter, model, **self.where)
         finally:
             self.layers = lora_layers(model)
             for name, layer in self.layers.items():

@@ -42,9 +42,9 @@ MEASURED = "questions measured"
 class Bench:
     """What was measured, how, and where (docs/formats.md).
 
-    adapter: `weights_hash` of it. prompts: the file, or null for held-out prompts. num_left_out: prompts that leave no room for max_new_tokens.
-    num_prompts: prompts measured, each turn of a question counted; of these PTP wrote as verdicts says (`compare`).
-    results: figures by task and method, over all tasks first.
+    adapter: its `weights_hash`. prompts: the file, or null for held-out prompts. num_left_out: prompts that leave no
+    room for max_new_tokens. num_prompts: prompts measured, each turn of a question counted; of these PTP wrote as
+    verdicts says (`compare`). results: figures by task and method, over all tasks first.
     """
 
     date: str

@@ -87,9 +87,7 @@ def fingerprint(base_model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def find_adapter(
-    directory: str | Path, *, revision: str | None = None, token: str | bool | None = None
-) -> Path:
+def find_adapter(directory: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Path:
     """The adapter in an adapter directory or an experiment directory, or the files of a hub id in the hub's cache.
 
     revision, token: the hub's. Raises `AdapterError` when there is none.

@@ -39,8 +39,8 @@ from ptp.model.auxiliary import make_auxiliary_embedding
 from ptp.model.checkpointing import checkpointed
 from ptp.model.gated_lora import Gate, add_gated_lora
 from ptp.model.head import layers_of, project
-from ptp.model.loading import load_base_model, to_dtype
 from ptp.model.hub import upload
+from ptp.model.loading import load_base_model, to_dtype
 from ptp.model.masks import context_mask, window_mask
 from ptp.model.repository import write_repository
 from ptp.sampling import SamplingRule, inside, row_intervals, token_intervals
