@@ -180,14 +180,16 @@ def check_peft_config(directory: Path, config: PTPConfig) -> None:
     path = directory / PEFT_CONFIG
     if not path.is_file():
         return
-    lora = LoraConfig.from_pretrained(str(directory))
-    unlike = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if getattr(lora, name)]
+    try:
+        lora = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{path} is corrupt ({error}); restore it, or save the adapter again") from None
+    unlike = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if lora.get(name)]
     if unlike:
-        raise AdapterError(f"{path}: {unlike[0]}={getattr(lora, unlike[0])} is not supported; train a plain LoRA")
-    if (lora.r, lora.lora_alpha) != (config.lora_rank, config.lora_alpha):
+        raise AdapterError(f"{path}: {unlike[0]}={lora[unlike[0]]} is not supported; train a plain LoRA")
+    if lora.get("lora_alpha", config.lora_alpha) != config.lora_alpha:
         raise AdapterError(
-            f"{path} has r={lora.r}, lora_alpha={lora.lora_alpha}; the PTPConfig has lora_rank={config.lora_rank}, "
-            f"lora_alpha={config.lora_alpha:g}: make it the same"
+            f"{path} says lora_alpha={lora['lora_alpha']}, PTPConfig lora_alpha={config.lora_alpha:g}; make them the same"
         )
 
 
