@@ -48,7 +48,7 @@ def experiment(model: PTPModel, tmp_path: Path) -> Path:
     model.save_pretrained(directory / "adapter")
     for name in ("adapter/optimizer.pt", "adapter/training.json", "checkpoints/checkpoint-1/model.safetensors"):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        (directory / name).write_text('{"step": 600}')
+        (directory / name).write_text("{}")
     return directory
 
 
@@ -166,19 +166,31 @@ def test_an_adapter_made_before_there_was_code_is_pushed_with_it(experiment: Pat
     assert (tmp_path / "folder" / CODE[0]).is_file()
 
 
-def test_a_download_that_is_cached_needs_no_network(
-    experiment: Path, tiny_llama: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The cache laid out by hand; the client, transformers' included, is its own."""
+@pytest.fixture
+def cached(experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The adapter in the hub's cache, laid out by hand."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     repository, commit = tmp_path / "cache" / f"models--{REPOSITORY.replace('/', '--')}", "a" * 40
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit)
     write_repository(experiment / "adapter", repository / "snapshots" / commit, REPOSITORY, BASE)
-    assert find_adapter(REPOSITORY) == repository / "snapshots" / commit
+    return repository / "snapshots" / commit
+
+
+def test_a_download_that_is_cached_needs_no_network(cached: Path) -> None:
+    assert find_adapter(REPOSITORY) == cached
     with pytest.raises(AdapterError, match="no such directory: someone/other; nor could it be fetched") as missing:
         find_adapter("someone/other")
     assert "\n" not in str(missing.value)
+
+
+def test_generate_by_id_writes_the_same(cached: Path, tiny_llama: Callable) -> None:
+    model, ids = tiny_llama(), torch.tensor([[3, 4, 5]])
+    plain = model.generate(ids, max_new_tokens=12)
+    named = {"custom_generate": REPOSITORY, "trust_remote_code": True, "budget": 8}
+    out = model.generate(ids, max_new_tokens=12, return_dict_in_generate=True, **named)
+    assert torch.equal(out.sequences, plain)
+    assert out.generations[0].num_draft_tokens > 0
 
 
 def test_a_directory_is_preferred_to_an_id(experiment: Path, fake_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +217,7 @@ def test_what_the_hub_says_is_one_line(model: PTPModel, monkeypatch: pytest.Monk
         raise OSError("401 Unauthorized\nInvalid username or password.")
 
     monkeypatch.setattr(HfApi, "create_repo", refuse)
-    with pytest.raises(AdapterError, match="cannot push to someone/parallel-llama: 401 Unauthorized$"):
+    with pytest.raises(AdapterError, match=r"cannot push to someone/parallel-llama: 401 Unauthorized$"):
         model.push_to_hub(REPOSITORY, base_model=BASE)
 
 
@@ -268,12 +280,23 @@ def test_of_runs_under_the_same_conditions_the_last_counts(experiment: Path) -> 
     assert found == [(8, "3"), (24, "2")]
 
 
-def test_a_dataset_of_the_hub_is_named_and_a_local_one_is_not(experiment: Path, tmp_path: Path) -> None:
+def test_a_card_names_a_dataset_of_the_hub_and_no_local_one(experiment: Path, tmp_path: Path) -> None:
+    (experiment / "runs").mkdir()
     for path, expected in [("someone/prompts", ["someone/prompts"]), ("/home/someone/prompts.jsonl", None)]:
-        run = {"config": {"data": {"path": path, "mode": "prompt-distill"}}, "versions": {"torch": "2.13.0"}}
-        (experiment / "runs").mkdir(exist_ok=True)
+        config = {"data": {"path": path, "mode": "prompt-distill"}}
+        (experiment / "adapter" / "training.json").write_text(json.dumps({"config": config, "step": 600}))
+        run = {"config": config, "command": ["/home/someone/bin/ptp_train", "DIR"], "versions": {"torch": "2.13.0"}}
         (experiment / "runs" / "train.json").write_text(json.dumps(run))
         found = card(experiment, tmp_path)
         assert found.data.datasets == expected
         assert "/home" not in found.content
-        assert "optimiser steps: 600" in found.content
+        for said in ("optimiser steps: 600", "mode `prompt-distill`", "command: `ptp_train DIR`", "torch 2.13.0"):
+            assert said in found.content
+
+
+def test_the_run_of_another_training_is_not_shown(experiment: Path, tmp_path: Path) -> None:
+    (experiment / "adapter" / "training.json").write_text(json.dumps({"config": {}, "step": 600}))
+    (experiment / "runs").mkdir()
+    run = {"config": {"model": {}}, "command": ["ptp_train", "DIR"], "versions": {"torch": "2.13.0"}}
+    (experiment / "runs" / "train.json").write_text(json.dumps(run))
+    assert "2.13.0" not in card(experiment, tmp_path).content

@@ -111,7 +111,7 @@ def trained_in_peft(base_model: PreTrainedModel, directory: Path, **changes: Any
 @torch.no_grad()
 def test_an_adapter_that_peft_has_trained_loads_here(make_base: Callable, tmp_path: Path) -> None:
     peft_model = trained_in_peft(make_base(), tmp_path)
-    with pytest.raises(AdapterError, match="an adapter of PEFT without ptp_config.json") as refused:
+    with pytest.raises(AdapterError, match=r"an adapter of PEFT without ptp_config\.json") as refused:
         PTPModel.from_pretrained(tmp_path, make_base())
     assert "\n" not in str(refused.value)
 

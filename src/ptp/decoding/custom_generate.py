@@ -304,7 +304,7 @@ class _Padded(LogitsProcessor):
     def __init__(self, processors: LogitsProcessorList, padding: Tensor) -> None:
         self.processors, self.padding = processors, padding
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         ids = torch.cat([self.padding, input_ids.to(self.padding.device)], dim=1)
         processed = self.processors(cast(Any, ids), cast(Any, scores.to(self.padding.device)))
         return processed.to(scores.device)
@@ -316,7 +316,7 @@ class _PaddedStopping(StoppingCriteria):
     def __init__(self, criteria: StoppingCriteriaList, padding: Tensor) -> None:
         self.criteria, self.padding = criteria, padding
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
         ids = torch.cat([self.padding, input_ids.to(self.padding.device)], dim=1)
         return self.criteria(cast(Any, ids), scores).to(input_ids.device)
 

@@ -189,7 +189,7 @@ def check_peft_config(directory: Path, config: PTPConfig) -> None:
         raise AdapterError(f"{path}: {unlike[0]}={lora[unlike[0]]} is not supported; train a plain LoRA")
     if lora.get("lora_alpha", config.lora_alpha) != config.lora_alpha:
         raise AdapterError(
-            f"{path} says lora_alpha={lora['lora_alpha']}, PTPConfig lora_alpha={config.lora_alpha:g}; make them the same"
+            f"{path} says lora_alpha={lora['lora_alpha']}, the PTPConfig {config.lora_alpha:g}; make them the same"
         )
 
 

@@ -1,8 +1,9 @@
 """The model card of an adapter, from what was measured of it and stored beside it; where nothing was, it says so.
 
-adapter/measurement.json   after training, on held-out prompts   (docs/formats.md, Adapter directory)
-bench.jsonl                each `ptp bench` of these very weights (docs/formats.md, `ptp bench`)
-runs/train.json            what they were trained on, and with
+adapter/training.json      what the weights were trained on       (docs/formats.md, Adapter directory)
+adapter/measurement.json   after training, on held-out prompts
+bench.jsonl                `ptp bench` of these very weights       (docs/formats.md, `ptp bench`)
+runs/train.json            command and versions of that training
 """
 
 from __future__ import annotations
@@ -52,11 +53,14 @@ class Run:
 def model_card(adapter: Path, repo_id: str, base_model: str) -> str:
     """The README.md of an adapter's repository. Figures are those of `measured_runs` and no others."""
     settings, runs = read_settings(adapter), measured_runs(adapter)
-    training = _read_json(adapter.parent / "runs" / "train.json")
+    training = _read_json(adapter / "training.json")
     data = training.get("config", {}).get("data", {})
     # A path of this machine would mean nothing to others, and they have no business with it.
-    dataset = data.get("path", "")
-    dataset = dataset if is_hub_id(dataset) and not (adapter.parent / dataset).exists() else None
+    path = data.get("path", "")
+    dataset = path if is_hub_id(path) and not (adapter.parent / path).exists() else None
+    last_run = _read_json(adapter.parent / "runs" / "train.json")
+    if not training or last_run.get("config") != training["config"]:
+        last_run = {}
     metadata = ModelCardData(
         base_model=base_model,
         base_model_relation="adapter",
@@ -74,10 +78,11 @@ def model_card(adapter: Path, repo_id: str, base_model: str) -> str:
         base_model=base_model,
         settings=settings,
         runs=runs,
-        dataset=dataset,
+        data=dataset or ("not on the hub" if path else "not known"),
         mode=data.get("mode"),
-        steps=_read_json(adapter / "training.json").get("step"),
-        versions=_versions(training),
+        steps=training.get("step"),
+        command=_command(last_run["command"]) if last_run else None,
+        versions=_versions(last_run),
     )
     return str(card).rstrip() + "\n"
 

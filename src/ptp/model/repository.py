@@ -30,7 +30,8 @@ def write_repository(adapter: Path, folder: Path, repo_id: str, base_model: str 
     name = base_model or settings.base_model
     if base_model is None and ((adapter / name).is_dir() or name.startswith(("/", ".")) or not name):
         raise AdapterError(
-            f"the base model is known here as '{name}', which means nothing elsewhere: give its hub id (base_model)"
+            f"the base model is known here as '{name}', which means nothing elsewhere: give its hub id as base_model "
+            "(--base-model)"
         )
     if folder.exists():
         raise AdapterError(f"{folder} is there already; choose another folder, or remove it")
