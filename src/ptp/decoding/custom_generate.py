@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,8 +152,7 @@ class ParallelGenerate:
             raise AdapterError("the model carries an adapter already; give ptp.custom_generate the PTPModel around it")
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
-            # What a new adapter is filled with must not count among the caller's random numbers.
-            with torch.random.fork_rng(devices=[]):
+            with _own_random_numbers(model):
                 return PTPModel.from_pretrained(adapter, model, **self.where)
         finally:
             self.layers = lora_layers(model)
@@ -163,16 +162,16 @@ class ParallelGenerate:
                 parameter.requires_grad_(True)
 
     def _fits(self, loaded: PTPModel, model: PreTrainedModel) -> bool:
-        """Whether what was loaded is around this model, on the same device, in the same dtype, with the same layers."""
-        return (
-            loaded.base_model is model
-            and all((p.device, p.dtype) == (loaded.device, loaded.dtype) for p in loaded.auxiliary.parameters())
-            and all(model.get_submodule(name) is layer.base for name, layer in self.layers.items())
+        """Whether what was loaded is around this model, with the same layers, and where they are."""
+        return loaded.base_model is model and all(
+            model.get_submodule(name) is layer.base and layer.lora_A.device == layer.base.weight.device
+            for name, layer in self.layers.items()
         )
 
     def _decoder(self, model: PTPModel, rule: SamplingRule) -> Decoder:
         if self.decoder is None:
-            self.decoder = Decoder(model, rule, self.budget)
+            with _own_random_numbers(model.base_model):
+                self.decoder = Decoder(model, rule, self.budget)
         # Another adapter may have taken the weights over since.
         for layer in self.layers.values():
             if layer.joined is not None and layer.joined.weight.data_ptr() != layer.base.weight.data_ptr():
@@ -208,6 +207,11 @@ def argument_of_generate(name: str) -> Any:
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back  # type: ignore[assignment]
     return None if frame is None else frame.f_locals.get(name)
+
+
+def _own_random_numbers(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """A block in which new modules are filled, with numbers that the caller does not miss afterwards."""
+    return torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else [])
 
 
 def _with_stop_strings(
