@@ -34,6 +34,9 @@ PROBATION = 16
 PAUSE = 512
 """Calls that stay plain after drafting did not pay, twice as many each time: probations then cost next to nothing."""
 
+DOUBT = 1.1
+"""How many times plain decoding's rate held-out windows must promise for drafting to begin: decoding keeps less."""
+
 PRIOR_WINDOWS = 16
 """Windows that the acceptance profile counts for beside those that decoding itself has seen."""
 
@@ -76,7 +79,7 @@ class FixedBudget:
 class Latency:
     """Seconds of calls as measured, by their number of texts and by the positions that each text spends."""
 
-    seconds: Mapping[int, Mapping[float, float]]
+    seconds: Mapping[int, Mapping[int, float]]
 
     def of(self, num_texts: int, most: int) -> list[float]:
         """Seconds of calls of so many texts, each of which spends 0 … most positions; straight lines between."""
@@ -88,7 +91,7 @@ class Latency:
         return np.maximum.accumulate(seconds).tolist()
 
 
-def _line(at: np.ndarray, points: Mapping[float, float]) -> np.ndarray:
+def _line(at: np.ndarray, points: Mapping[int, float]) -> np.ndarray:
     """A rising line through points, continued as it ends; in proportion, if there is one point only."""
     x = np.array(sorted(points))
     # None less than that of a smaller call: a larger one was measured the faster by chance.
@@ -184,9 +187,10 @@ class MeasuredBudget:
                 for budget in budgets
             }
             best = max(budgets, key=lambda budget: tokens[budget] / times[budget])
-            rate = _Rate(PRIOR * tokens[best], PRIOR * times[best], times, num_texts, pause=0 if best else PAUSE)
+            rate = self._rates[num_texts] = _Rate(PRIOR * tokens[best], PRIOR * times[best], times, num_texts)
+            if rate.now < DOUBT * rate.plain:
+                rate.pause = PAUSE
             self._reprice(rate)
-            self._rates[num_texts] = rate
         return self._rates[num_texts]
 
     def _reprice(self, rate: _Rate) -> None:

@@ -133,7 +133,7 @@ def kept_latency(model: PTPModel, compiled: bool, measure: Callable[[], Latency]
     path = _cache_directory() / f"{_key(model, compiled)}.json"
     try:
         found = json.loads(path.read_text())
-        return Latency({int(n): {float(x): float(y) for x, y in curve.items()} for n, curve in found.items()})
+        return Latency({int(n): {int(x): float(y) for x, y in curve.items()} for n, curve in found.items()})
     except (OSError, ValueError, TypeError, AttributeError):
         pass
     latency = measure()
