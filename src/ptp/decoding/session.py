@@ -140,8 +140,11 @@ class Session:
         return None not in self.slots
 
     @torch.inference_mode()
-    def enter(self, request: Request) -> Text:
-        """Begin a text in a free slot: the one whose kept keys serve most of the prompt."""
+    def enter(self, request: Request, written: Sequence[int] = ()) -> Text:
+        """Begin a text in a free slot: the one whose kept keys serve most of the prompt.
+
+        written: its tokens so far, where it goes on from another session.
+        """
         if self.is_full:
             raise DecodingError(f"all {self.num_slots} slots are taken; a text must leave before another can enter")
         prompt = request.prompt_ids
@@ -149,7 +152,7 @@ class Session:
         reused = {slot: _common(self.kept[slot], prompt[:-1]) for slot, text in enumerate(self.slots) if text is None}
         slot = max(reused, key=lambda slot: (reused[slot], -len(self.kept[slot]), -slot))
         self._reserve(len(prompt) + request.max_new_tokens)
-        text = self.slots[slot] = Text(request, list(prompt), reused[slot])
+        text = self.slots[slot] = Text(request, [*prompt, *written], reused[slot])
         self.kept[slot] = []
         # Alone, the rest of a prompt is read by the call that drafts first; beside others it would pad all of them.
         ahead = PREFILL_CHUNK if self.num_slots == 1 else 1
