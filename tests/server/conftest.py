@@ -1,14 +1,11 @@
 """A tiny chat model behind a real server on loopback, asked by the real `openai` client."""
 
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
 
 import openai
 import pytest
 import torch
+from model_server import NAME, Alone, running
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ptp.config import PTPConfig
@@ -17,9 +14,7 @@ from ptp.decoding.requests import make_request
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
 from ptp.server.api import Service
-from ptp.server.run import Server, listen, make_service
-
-NAME = "tiny"
+from ptp.server.run import make_service
 
 
 @pytest.fixture(scope="session")
@@ -41,22 +36,6 @@ def decoder(tiny_llama: Callable, random_adapter: Callable, tokenizer: PreTraine
     model.rule = SamplingRule(temperature=0.7, top_k=4)
     model.survival = (0.7, 0.5, 0.3, 0.2)
     return Decoder(model, budget=10)
-
-
-@contextmanager
-def running(service: Service) -> Iterator[str]:
-    """A server of the service in a thread, on a free port; yields its address."""
-    with listen("127.0.0.1", 0) as listening:
-        server = Server(service)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            while not server.started and thread.is_alive():
-                time.sleep(0.01)
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 @pytest.fixture(scope="session")
@@ -86,9 +65,6 @@ def client(url: str) -> Iterator[openai.OpenAI]:
         yield client
 
 
-Alone = Callable[..., tuple[list[int], str]]
-
-
 @pytest.fixture(scope="session")
 def alone(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> Alone:
     """Tokens and text that the decoder alone writes behind a prompt."""
@@ -99,19 +75,3 @@ def alone(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> Alone:
         return token_ids, tokenizer.decode(token_ids, skip_special_tokens=True)
 
     return write
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    """Until it holds; fails if it never does."""
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.01)
-
-
-def model_directory(root: Path, decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """An adapter directory beside its base model."""
-    decoder.model.base_model.save_pretrained(root / "base")
-    tokenizer.save_pretrained(root / "base")
-    decoder.model.save_pretrained(root / "adapter")
-    return root / "adapter"

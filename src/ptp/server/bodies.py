@@ -55,7 +55,7 @@ OFF: dict[str, list[object]] = {
 """Fields that are refused, and their values, beside null, that ask for nothing."""
 
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -232,7 +232,7 @@ def prepare(
     config = GenerationConfig(
         min_new_tokens=body.min_tokens,
         repetition_penalty=body.repetition_penalty,
-        sequence_bias=_bias(body),
+        sequence_bias=_bias(body, decoder.model.base_model.config.get_text_config().vocab_size),
         eos_token_id=[] if body.ignore_eos else None,
     )
     # Not among them: a configuration refuses a length in words of its own.
@@ -255,9 +255,12 @@ def _rule(body: Body, default: SamplingRule) -> SamplingRule:
     return SamplingRule(**{**dict(default), **{name: value for name, value in given.items() if value is not None}})
 
 
-def _bias(body: Body) -> dict[tuple[int, ...], float] | None:
+def _bias(body: Body, vocab_size: int) -> dict[tuple[int, ...], float] | None:
     if not body.logit_bias:
         return None
-    if not all(key.isascii() and key.isdigit() for key in body.logit_bias):
-        raise APIError(400, "logit_bias maps token ids to numbers", param="logit_bias")
+    known = {str(token) for token in range(vocab_size)}
+    if unknown := body.logit_bias.keys() - known:
+        raise APIError(
+            400, f"logit_bias maps token ids below {vocab_size} to numbers; got {min(unknown)[:80]!r}", "logit_bias"
+        )
     return {(int(key),): float(value) for key, value in body.logit_bias.items()}
