@@ -6,7 +6,7 @@ import pytest
 
 import ptp
 
-HEAVY = {"datasets", "openai", "questionary", "tensorboard", "ptp.cli.questions"}
+HEAVY = {"datasets", "fastapi", "openai", "questionary", "tensorboard", "uvicorn", "ptp.cli.questions"}
 """Needed by few commands, and slow to import: they are imported where they are used."""
 
 SOURCE = Path(ptp.__file__).parent
