@@ -57,9 +57,9 @@ def _methods(found: type) -> Iterator[tuple[str, Any]]:
         return
     for name, member in vars(found).items():
         function = getattr(found, name)
-        if not name.startswith("_") and not isinstance(member, property) and inspect.isroutine(function):
-            if function.__doc__:
-                yield name, function
+        is_method = inspect.isroutine(function) and not isinstance(member, property)
+        if is_method and function.__doc__ and not name.startswith("_"):
+            yield name, function
 
 
 def main() -> None:

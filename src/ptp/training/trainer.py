@@ -338,6 +338,8 @@ def _arguments(
     layers: list[str],
 ) -> TrainingArguments:
     shares = config.fsdp and world_size() > 1
+    # A sharded state is read back by unpickling, a full one with weights_only.
+    sharing = {"version": 2, "transformer_layer_cls_to_wrap": layers, "state_dict_type": "FULL_STATE_DICT"}
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=num_steps,
@@ -366,7 +368,7 @@ def _arguments(
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
         fsdp=cast(Any, shares),  # the annotation is that of the command line's argument
-        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": layers} if shares else None,
+        fsdp_config=sharing if shares else None,
         report_to=list(config.report_to),
         disable_tqdm=True,
     )
