@@ -7,6 +7,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What tests read must not lie in the caches of who runs them.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="ptp-datasets-")
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="ptp-modules-")
 
 import json
 from collections.abc import Callable, Iterator

@@ -3,25 +3,29 @@ import importlib
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import typer
+from huggingface_hub import HfApi
 from pages import ROOT, blocks, code_spans, each_page, load_script, prose
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from ptp import PTPConfig, PTPModel
+from ptp import Decoder, PTPConfig, PTPModel
 from ptp.cli.main import app
 from ptp.data.documents import Document, save_shard
 from ptp.data.store import Provenance
+from ptp.decoding import custom_generate
 from ptp.evaluation.bench import Figures
 from ptp.evaluation.experiment_bench import Bench
 from ptp.evaluation.measurement import Measurement
@@ -167,6 +171,26 @@ def generate_json(directory: Path, *arguments: str) -> dict[str, Any]:
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
+
+
+def test_the_page_on_transformers_runs_from_top_to_bottom(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(adapter / "adapter", tmp_path / "experiments" / "demo" / "adapter")
+    shutil.copytree(adapter / "base", tmp_path / "experiments" / "demo" / "teacher")
+    monkeypatch.chdir(tmp_path)
+    settings = tmp_path / "experiments" / "demo" / "adapter" / "ptp_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model": "../teacher"}))
+    pushed: list[str] = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda _, repo_id, **options: pushed.append(repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda _, repo_id, **options: SimpleNamespace(commit_url=repo_id))
+    # Measuring takes seconds; any budget gives the text.
+    monkeypatch.setattr(custom_generate, "Decoder", lambda model, rule, budget: Decoder(model, rule, budget=8))
+    names: dict[str, Any] = {}
+    for code in blocks(ROOT / "docs" / "transformers.md", "python"):
+        exec(code, names)
+    assert pushed == ["OWNER/NAME"]
+    assert names["logits"].shape[1] == names["length"]
 
 
 def run_check(adapter: Path, record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -327,6 +327,7 @@ def test_the_page_of_endpoints_runs_against_a_server(place: Place, monkeypatch: 
 RUN_BY_OTHERS = {
     "docs/formats.md": "test_docs.py",
     "docs/quickstart.md": "test_site.py",
+    "docs/transformers.md": "test_docs.py",
     "docs/tutorial.md": "above, with its commands",
     "README.md": "above, with its commands",
 }

@@ -8,7 +8,7 @@ and with the gate shut (`start is None`) a layer is exactly its base layer, bit 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -168,3 +168,15 @@ def add_gated_lora(
 def lora_layers(model: nn.Module) -> dict[str, GatedLoRA]:
     """All gated layers by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, GatedLoRA)}
+
+
+@contextmanager
+def installed(model: nn.Module, layers: Mapping[str, GatedLoRA]) -> Iterator[None]:
+    """A model with gated layers in their places, by name, inside the block; outside it has its own again."""
+    try:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        yield
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer.base)
