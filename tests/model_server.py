@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ptp.decoding.decoder import Decoder
 from ptp.server.api import Service
-from ptp.server.run import Server, listen
+from ptp.server.run import Server, bind
 
 NAME = "tiny"
 
@@ -20,7 +20,7 @@ Alone = Callable[..., tuple[list[int], str]]
 @contextmanager
 def running(service: Service) -> Iterator[str]:
     """A server of the service in a thread, on a free port; yields its address."""
-    with listen("127.0.0.1", 0) as listening:
+    with bind("127.0.0.1", 0) as listening:
         server = Server(service)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -44,6 +44,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 def model_directory(root: Path, decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> Path:
     """An adapter directory beside its base model."""
     decoder.model.base_model.save_pretrained(root / "base")
+    decoder.model.base_model.name_or_path = str(root / "base")
     tokenizer.save_pretrained(root / "base")
     decoder.model.save_pretrained(root / "adapter")
     return root / "adapter"

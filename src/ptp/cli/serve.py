@@ -32,7 +32,8 @@ def command(
 ) -> None:
     """Answer OpenAI's API, and show a page to try it; unless asked otherwise, sample by the adapter's own rule."""
     try:
-        from ptp.server.run import serve
+        from ptp.server.api import is_loopback
+        from ptp.server.run import bind, make_service, serve
     except ImportError as error:
         raise ConfigError(
             f'a server needs the package {error.name}; pip install "parallel-token-prediction[serve]"'
@@ -41,23 +42,22 @@ def command(
     from ptp.model.adapter import find_adapter, read_settings, resolve_base_model
     from ptp.model.loading import load_tokenizer
     from ptp.model.ptp_model import PTPModel
-    from ptp.server.api import is_loopback
 
     if not (is_loopback(host) or api_key):
         raise ConfigError(f"other machines reach {host}: give a key with --api-key or PTP_API_KEY, or keep 127.0.0.1")
     adapter = find_adapter(directory)
-    tokenizer = load_tokenizer(resolve_base_model(adapter, read_settings(adapter).base_model))
-    decoder = Decoder(PTPModel.from_pretrained(adapter, dtype=dtype), budget=budget)
-    serve(
-        decoder,
-        tokenizer,
-        name=name or directory.resolve().name,
-        host=host,
-        port=port,
-        api_key=api_key,
-        num_slots=max_batch_size,
-        max_waiting=max_queue,
-        max_prompt_tokens=max_prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        announce=note,
-    )
+    # Before a large model is loaded for nothing.
+    with bind(host, port) as listening:
+        tokenizer = load_tokenizer(resolve_base_model(adapter, read_settings(adapter).base_model))
+        service = make_service(
+            Decoder(PTPModel.from_pretrained(adapter, dtype=dtype), budget=budget),
+            tokenizer,
+            name or directory.resolve().name,
+            host=host,
+            api_key=api_key,
+            num_slots=max_batch_size,
+            max_waiting=max_queue,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+        )
+        serve(service, listening, announce=note)

@@ -67,29 +67,26 @@ def make_service(
     return Service(name, decoder, tokenizer, engine, limits, metrics, host, api_key)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises `ConfigError` if the address is taken or not this machine's."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket for `serve` to listen on. Raises `ConfigError` if the address is taken or not this machine's."""
+    listening = None
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}") from None
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind)
+        # Else a port could not be used for minutes after a server had it.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except (OSError, UnicodeError) as error:
+        if listening:
+            listening.close()
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from None
+    return listening
 
 
-def serve(
-    decoder: Decoder,
-    tokenizer: PreTrainedTokenizerBase,
-    name: str,
-    *,
-    host: str,
-    port: int,
-    announce: Callable[[str], None],
-    **settings: int | str | None,
-) -> None:
-    """Serve until a signal ends it. announce: told the address once it is listened on. settings: see `make_service`."""
-    with listen(host, port) as listening:
-        service = make_service(decoder, tokenizer, name, host=host, **settings)  # type: ignore[arg-type]
-        address = f"[{host}]" if ":" in host else host
-        announce(f"{name} answers at http://{address}:{listening.getsockname()[1]}; Ctrl-C ends it")
-        with suppress(KeyboardInterrupt):
-            asyncio.run(Server(service).serve(sockets=[listening]))
+def serve(service: Service, listening: socket.socket, announce: Callable[[str], None]) -> None:
+    """Serve on a bound socket until a signal ends it. announce: told the address just before."""
+    host, port = listening.getsockname()[:2]
+    announce(f"{service.name} answers at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C ends it")
+    with suppress(KeyboardInterrupt):
+        asyncio.run(Server(service).serve(sockets=[listening]))
