@@ -49,12 +49,14 @@ class Joined:
     """A gated layer laid out for decoding, in the dtype of the base weight.
 
     weight: (out + rank, in), the base's above lora_A. bias: (out + rank,), zero for lora_A. up: (rank, out), lora_B
-    transposed and scaled.
+    transposed and scaled. base: (out, in), base_bias: (out,), the base's alone.
     """
 
     weight: Tensor
     bias: Tensor | None
     up: Tensor
+    base: Tensor
+    base_bias: Tensor | None
 
 
 class GatedLoRA(nn.Module):
@@ -87,16 +89,17 @@ class GatedLoRA(nn.Module):
         base.weight.data = weight[: base.out_features]
         bias = None if base.bias is None else torch.cat([base.bias, base.bias.new_zeros(len(self.lora_A))])
         up = (self.scale * self.lora_B).to(dtype).t().contiguous()
-        self.joined = Joined(weight, bias, up)
+        self.joined = Joined(weight, bias, up, base.weight.data, None if base.bias is None else base.bias.data)
 
     def forward(self, x: Tensor) -> Tensor:
-        start = self.gate.start
+        start, joined = self.gate.start, self.joined
         if start is None:
-            return self.base(x)
+            # Without the detour over a module: a small model of many layers spends its time between operations.
+            return self.base(x) if joined is None else nn.functional.linear(x, joined.base, joined.base_bias)
         if start > 0 and x.dim() == 2:
             assert self.gate.length is not None, "the length of the call is not known"
             return self(x.unflatten(0, (-1, self.gate.length))).flatten(0, 1)
-        if start > 0 and (joined := self.joined) is not None:
+        if start > 0 and joined is not None:
             both = nn.functional.linear(x, joined.weight, joined.bias)
             size = joined.up.shape[1]
             _add_update(both[:, start:, :size], both[:, start:, size:], joined.up)
