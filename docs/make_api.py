@@ -51,9 +51,9 @@ def _signature(found: Any) -> Iterator[str]:
         yield ")"
 
 
-def _methods(found: type) -> Iterator[tuple[str, Any]]:
+def _methods(found: Any) -> Iterator[tuple[str, Any]]:
     """Public methods of the class itself that say what they do, in the order of the source."""
-    if issubclass(found, (BaseModel, Exception)):
+    if not isinstance(found, type) or issubclass(found, (BaseModel, Exception)):
         return
     for name, member in vars(found).items():
         function = getattr(found, name)

@@ -145,7 +145,7 @@ def test_the_only_files_in_pickle_s_format_are_the_trainer_s_states_and_hold_num
     assert {path.name for path in pickles} == {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
     assert {path.parent.parent for path in pickles} == {trained.checkpoints}
     others = [path for path in files if not {trained.checkpoints, trained.events} & set(path.parents)]
-    assert {path.suffix for path in others} == {".json", ".yaml", ".md", ".safetensors"}
+    assert {path.suffix for path in others} == {".json", ".yaml", ".md", ".safetensors", ".py", ".txt"}
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
