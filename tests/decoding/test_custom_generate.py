@@ -129,6 +129,21 @@ def test_every_family_writes_the_same_and_is_left_as_it_was(
     assert torch.equal(model(ids).logits, family.make()(ids).logits)
 
 
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+def test_weights_that_are_trained_between_calls_count(kind: str, random_adapter: Callable, tmp_path: Path) -> None:
+    make = next(family.make for family in FAMILIES if family.name == "GPT-NeoX")
+    random_adapter(PTPModel(make(), PTPConfig(window=4, lora_rank=2)), std=0.2).save_pretrained(tmp_path)
+    model, faster = make(), ptp.custom_generate(tmp_path, 8)
+    before = model.generate(IDS[1:2], max_new_tokens=16, custom_generate=faster)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(f"dense_4h_to_h.{kind}"):
+                parameter.neg_().add_(torch.linspace(-3, 3, parameter.shape[-1]))
+    after = model.generate(IDS[1:2], max_new_tokens=16)
+    assert not torch.equal(after, before)
+    assert torch.equal(model.generate(IDS[1:2], max_new_tokens=16, custom_generate=faster), after)
+
+
 SAMPLED: list[tuple[dict[str, Any], SamplingRule]] = [
     ({"top_k": 0}, SamplingRule()),
     ({}, SamplingRule(top_k=50)),

@@ -108,7 +108,7 @@ class ParallelGenerate:
         seed: names the stream of u, of which row i is the sequence i; without one, torch's generator draws it.
         """
         streamer = streamer or argument_of_generate("streamer")
-        _check_inputs(input_ids, model_kwargs)
+        _check_inputs(model_kwargs)
         config = copy(generation_config)
         config.num_return_sequences, config.return_dict_in_generate = 1, False  # rows of their own; `ParallelOutput`
         if seed is None:
@@ -117,7 +117,7 @@ class ParallelGenerate:
             rule = sampling_rule(config, ptp_model.rule or SamplingRule())
             processors = logits_processor[: len(logits_processor) - _num_warpers(config)]
             requests = [
-                _request(model, ids, padding, seed, row, processors, stopping_criteria)
+                _request(model, ids, padding, seed, row, rule, processors, stopping_criteria)
                 for row, (ids, padding) in enumerate(zip(input_ids, _padding(input_ids, model_kwargs), strict=True))
             ]
             steps = _steps(self._decoder(ptp_model, rule), requests, config.pad_token_id, streamer)
@@ -172,13 +172,10 @@ class ParallelGenerate:
         if self.decoder is None:
             with _own_random_numbers(model.base_model):
                 self.decoder = Decoder(model, rule, self.budget)
-        # Another adapter may have taken the weights over since.
         for layer in self.layers.values():
-            if layer.joined is not None and layer.joined.weight.data_ptr() != layer.base.weight.data_ptr():
+            if layer.is_outdated:
                 layer.join()
-        decoder = copy(self.decoder)
-        decoder.rule = rule
-        return decoder
+        return self.decoder
 
 
 def generate_of_repository(model: PreTrainedModel, budget: Budget = "auto", **arguments: Any) -> Any:
@@ -234,7 +231,7 @@ def _with_stop_strings(
     return others | {key: value for key, value in named.items() if value is not None}
 
 
-def _check_inputs(input_ids: Tensor, model_kwargs: dict[str, Any]) -> None:
+def _check_inputs(model_kwargs: dict[str, Any]) -> None:
     """Raises `ConfigError` for an input that would change the text and is not heeded."""
     for name, value in model_kwargs.items():
         if value is not None and value is not False and name not in TAKEN_OVER | NO_EFFECT:
@@ -275,6 +272,7 @@ def _request(
     num_padding: int,
     seed: int,
     row: int,
+    rule: SamplingRule,
     processors: Sequence[LogitsProcessor],
     criteria: Sequence[StoppingCriteria],
 ) -> Request:
@@ -299,6 +297,7 @@ def _request(
         ends,
         processors=[_Padded(own, padding)] if own else [],
         stopping=[_PaddedStopping(others, padding)] if others else [],
+        rule=rule,
     )
 
 

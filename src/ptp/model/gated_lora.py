@@ -87,9 +87,21 @@ class GatedLoRA(nn.Module):
         base, dtype = self.base, self.base.weight.dtype
         weight = torch.cat([base.weight, self.lora_A.to(dtype)])
         base.weight.data = weight[: base.out_features]
-        bias = None if base.bias is None else torch.cat([base.bias, base.bias.new_zeros(len(self.lora_A))])
+        bias = None
+        if base.bias is not None:
+            bias = torch.cat([base.bias, base.bias.new_zeros(len(self.lora_A))])
+            base.bias.data = bias[: base.out_features]
         up = (self.scale * self.lora_B).to(dtype).t().contiguous()
         self.joined = Joined(weight, bias, up, base.weight.data, None if base.bias is None else base.bias.data)
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the base's weights no longer lie where they were joined: moved, or joined by another adapter."""
+        joined, base = self.joined, self.base
+        if joined is None:
+            return False
+        moved = joined.base.data_ptr() != base.weight.data_ptr()
+        return moved or (joined.base_bias is not None and joined.base_bias.data_ptr() != base.bias.data_ptr())
 
     def forward(self, x: Tensor) -> Tensor:
         start, joined = self.gate.start, self.joined
