@@ -193,10 +193,14 @@ def test_generate_by_id_writes_the_same(cached: Path, tiny_llama: Callable) -> N
     assert out.generations[0].num_draft_tokens > 0
 
 
-def test_a_directory_is_preferred_to_an_id(experiment: Path, fake_hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_and_a_slip_in_its_name_ask_nothing_of_the_hub(
+    experiment: Path, fake_hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(experiment.parent.parent)
     directory = f"{experiment.parent.name}/{experiment.name}"
     assert find_adapter(directory) == Path(directory) / "adapter"
+    with pytest.raises(AdapterError, match="no such directory"):
+        find_adapter(f"{experiment.parent.name}/misspelt")
     assert fake_hub.downloads == []
 
 

@@ -93,7 +93,8 @@ def find_adapter(directory: str | Path, *, revision: str | None = None, token: s
     revision, token: the hub's. Raises `AdapterError` when there is none.
     """
     name, directory = Path(directory).as_posix(), Path(directory)
-    if not directory.exists() and is_hub_id(name):
+    # Below a directory that is there, a name that is not is a slip, and nobody else's adapter is meant.
+    if not directory.parent.exists() and is_hub_id(name):
         directory = download(name, FILES, revision, token)
     for candidate in (directory, directory / "adapter"):
         if (candidate / SETTINGS).is_file():
