@@ -129,9 +129,9 @@ class SpySession(OracleSession):
             self.seen.append((self.logits[0], texts[0].num_written + outcomes[0].verified.num_accepted))
         return outcomes
 
-    def _drafts(self, logits: Tensor, u: Tensor, bonus: Tensor) -> list[Tensor]:
+    def _drafts(self, logits: Tensor, u: Tensor, bonus: Tensor, rules: Sequence[SamplingRule]) -> list[Tensor]:
         self.logits = logits[:, self.model.ptp_config.lead :].clone()
-        return super()._drafts(logits, u, bonus)
+        return super()._drafts(logits, u, bonus, rules)
 
 
 class SpyDecoder(OracleDecoder):
@@ -185,7 +185,7 @@ def test_drafts_and_confidences_are_read_from_the_branch_with_the_numbers_of_the
     logits = torch.tensor([[1.0, 1.0, 0.0, -9.0], [0.0, 2.0, 2.0, 1.0], [5.0, 0.0, 0.0, 0.0]])
     u = torch.tensor([0.1, 0.5, 0.999])
     rows, bonus = torch.cat([lead, logits]).unsqueeze(0), torch.zeros(1, 1)
-    drafts, confidences = (found[0].tolist() for found in session._drafts(rows, u.unsqueeze(0), bonus))
+    drafts, confidences = (found[0].tolist() for found in session._drafts(rows, u.unsqueeze(0), bonus, [session.rule]))
     probs = logits.softmax(-1)
     expected = probs.argmax(-1).tolist()
     if variant == "categorical":
@@ -198,7 +198,8 @@ def test_a_one_hot_branch_that_foresaw_the_bonus_token_is_trusted_by_a_curve_of_
     model = PTPModel(deepcopy(base), PTPConfig(variant="one_hot"))
     model.calibration = Calibration(curves=((0.1, 0.2), (0.8, 0.9)))
     rows = torch.tensor([[0.0, 9.0], [50.0, 0.0]]).expand(2, 2, 2)  # they expect token 1, and draft token 0
-    drafts, confidences = Decoder(model).session()._drafts(rows, torch.zeros(2, 1), bonus=torch.tensor([[1], [0]]))
+    bonus, rules = torch.tensor([[1], [0]]), [SamplingRule()] * 2
+    drafts, confidences = Decoder(model).session()._drafts(rows, torch.zeros(2, 1), bonus, rules)
     assert drafts.tolist() == [[0], [0]]
     assert confidences.flatten().tolist() == pytest.approx([0.9, 0.2])
 
@@ -207,7 +208,8 @@ def test_a_categorical_branch_has_one_curve(base: PreTrainedModel) -> None:
     model = PTPModel(deepcopy(base), PTPConfig(variant="categorical"))
     model.calibration = Calibration(curves=((0.1, 0.2),))
     rows = torch.tensor([[[50.0, 0.0]]])
-    assert Decoder(model).session()._drafts(rows, torch.zeros(1, 1), torch.ones(1, 1))[1].item() == pytest.approx(0.2)
+    found = Decoder(model).session()._drafts(rows, torch.zeros(1, 1), torch.ones(1, 1), [SamplingRule()])
+    assert found[1].item() == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(

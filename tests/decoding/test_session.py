@@ -3,16 +3,18 @@
 import random
 from collections.abc import Callable
 from copy import deepcopy
+from operator import itemgetter
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 from ptp.config import PTPConfig
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import Request, make_request
 from ptp.decoding.session import PREFILL_CHUNK, Session, Text
+from ptp.decoding.verification import Logprobs
 from ptp.errors import DecodingError
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
@@ -160,3 +162,84 @@ def test_padding_beside_a_longer_text_leaves_no_nan(decoder: Decoder, base: PreT
     assert all(
         torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all() for layer in session.cache.layers
     )
+
+
+MIXED = [None, SamplingRule(temperature=0), SamplingRule(temperature=1.5, top_k=3), SamplingRule(min_p=0.2)]
+
+
+@pytest.mark.parametrize("processors", [[], [RepetitionPenaltyLogitsProcessor(1.3)]], ids=["plain", "processors"])
+def test_texts_of_one_batch_may_be_sampled_by_different_rules(
+    decoder: Decoder, base: PreTrainedModel, processors: list[LogitsProcessor]
+) -> None:
+    session = decoder.session(4)
+    texts = [
+        session.enter(make_request(base, prompt, 30, 4, number, [2], processors=processors, rule=MIXED[number % 4]))
+        for number, prompt in enumerate(some_prompts(4, seed=7))
+    ]
+    num_accepted = 0
+    while session.texts:
+        num_accepted += sum(step.num_accepted for _, step in session.step())
+    assert num_accepted
+    for number, text in enumerate(texts):
+        expected = decode_plainly(base, text.request, MIXED[number] or RULE)
+        assert text.tokens[len(text.request.prompt_ids) :] == expected
+
+
+@pytest.mark.parametrize("budget", [0, 3])
+def test_a_request_may_spend_less_than_the_policy_would(decoder: Decoder, base: PreTrainedModel, budget: int) -> None:
+    learnt: list[int] = []
+    decoder.policy.learn = lambda num_texts, num_tokens, num_positions: learnt.append(num_positions)
+    session = decoder.session(2)
+    thrifty = session.enter(make_request(base, [1, 2], 30, 4, 0, [], budget=budget))
+    other = session.enter(make_request(base, [1, 2], 30, 4, 0, []))
+    drafts: dict[Text, list[int]] = {thrifty: [], other: []}
+    while thrifty in session.texts:
+        for text, step in session.step():
+            drafts[text].append(step.num_drafts)
+    assert max(drafts[thrifty]) <= budget < max(drafts[other])
+    assert other.tokens == thrifty.tokens[: len(other.tokens)]
+    assert learnt == []
+
+
+def told(session: Session, request: Request) -> tuple[list[int], list[Logprobs]]:
+    """Tokens and what is told of them, of a request that others stand beside."""
+    text, steps = session.enter(request), []
+    while text in session.texts:
+        steps += [step for each, step in session.step() if each is text]
+    assert all(len(step.logprobs or []) == len(step.token_ids) for step in steps)
+    return [token for step in steps for token in step.token_ids], [each for step in steps for each in step.logprobs]
+
+
+@pytest.mark.parametrize("budget", [None, 0])
+@pytest.mark.parametrize("num_others", [0, 2])
+def test_logprobs_are_the_model_s_own_before_rule_and_processors(
+    decoder: Decoder, base: PreTrainedModel, num_others: int, budget: int | None
+) -> None:
+    session, processors = decoder.session(3), [RepetitionPenaltyLogitsProcessor(1.3)]
+    others = [session.enter(make_request(base, [5, number], 60, 1, number, [])) for number in range(num_others)]
+    request = make_request(
+        base, [1, 4, 2], 30, 4, 0, [], processors=processors, rule=MIXED[2], budget=budget, num_logprobs=2
+    )
+    token_ids, found = told(session, request)
+    with torch.inference_mode():
+        scores = base(torch.tensor([request.prompt_ids + token_ids])).logits[0, 2:-1].log_softmax(-1)
+    best = scores.topk(2)
+    assert [list(map(itemgetter(0), each.most_likely)) for each in found] == best.indices.tolist()
+    assert torch.tensor([[value for _, value in each.most_likely] for each in found]).allclose(best.values, atol=1e-4)
+    chosen = scores.gather(-1, torch.tensor(token_ids).unsqueeze(-1)).squeeze(-1)
+    assert torch.tensor([each.token for each in found]).allclose(chosen, atol=1e-4)
+    assert all(text in session.texts for text in others)
+
+
+def test_logprobs_are_told_of_the_chosen_token_alone_or_not_at_all(decoder: Decoder, base: PreTrainedModel) -> None:
+    (step, *_) = decoder.answer(make_request(base, [1], 3, 4, num_logprobs=0)).steps
+    assert [each.most_likely for each in step.logprobs] == [[]] * len(step.token_ids)
+    assert {step.logprobs for step in decoder.answer(make_request(base, [1], 3, 4)).steps} == {None}
+
+
+@pytest.mark.parametrize(
+    ("option", "words"), [({"num_logprobs": 21}, r"\[0, 20\]; got 21"), ({"budget": -1}, "budget must be 0")]
+)
+def test_what_no_request_may_ask_for_is_refused(base: PreTrainedModel, option: dict[str, int], words: str) -> None:
+    with pytest.raises(DecodingError, match=words):
+        make_request(base, [1], 3, 0, **option)

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from ptp.chat.figures import Figures, Turn, plain_speed
 from ptp.chat.prompts import check_system, prompt_ids, system, user
 from ptp.chat.settings import Settings
-from ptp.chat.streaming import TokenTexts
 from ptp.data.chats import Message
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.session import Step
@@ -30,6 +29,7 @@ from ptp.evaluation.colour import Piece
 from ptp.files import write_atomically
 from ptp.layer_kinds import context_length
 from ptp.model.ptp_model import PTPModel
+from ptp.server.text import TextStream
 
 
 def never() -> bool:
@@ -50,6 +50,8 @@ class Chat:
     def __init__(
         self, model: PTPModel, tokenizer: PreTrainedTokenizerBase, settings: Settings, templated: bool
     ) -> None:
+        if not tokenizer.is_fast:
+            raise DataError(f"{type(tokenizer).__name__} cannot decode a text as it comes; a fast tokenizer is needed")
         self.model, self.tokenizer, self.templated = model, tokenizer, templated
         self.system: str | None = None
         self.messages: list[Message] = []
@@ -81,7 +83,9 @@ class Chat:
         """
         ids = self._prompt_ids(text)
         request = self.settings.request(self.model.base_model, self.tokenizer, ids, sequence=len(self.turns))
-        texts, steps, seconds = TokenTexts(self.tokenizer), list[Step](), list[float]()
+        # A completion goes on from its prompt, an answer begins anew: with or without a space.
+        stream = TextStream(self.tokenizer.backend_tokenizer, () if self.templated else ids)
+        steps, seconds, shown = list[Step](), list[float](), list[Piece]()
         num_reused = sum(takewhile(bool, map(eq, self.session.kept[0], ids[:-1])))
         try:
             begun = time.perf_counter()
@@ -91,13 +95,17 @@ class Chat:
                 seconds.append(time.perf_counter() - begun)
                 steps.append(step)
                 for index, token in enumerate(step.token_ids):
-                    yield Piece(texts.add(token), len(steps), index < step.num_accepted)
+                    for piece in stream.push(token, len(steps), index < step.num_accepted):
+                        shown.append(piece)
+                        yield piece
                 if step.finish_reason is not None:
                     break
                 begun = time.perf_counter()
             else:
                 self.session.leave(entered)
-            yield Piece(texts.rest(), len(steps), accepted=False)
+            for piece in stream.end(len(steps), accepted=False):
+                shown.append(piece)
+                yield piece
         except BaseException:
             self.session = self.decoder.session(1)
             raise
@@ -105,7 +113,7 @@ class Chat:
             if steps:
                 self.turns.append(Turn(request, steps, seconds, num_reused))
                 self.messages += [user(text) if self.templated else {"role": "user", "content": text}]
-                self.messages += [{"role": "assistant", "content": texts.text}]
+                self.messages += [{"role": "assistant", "content": "".join(piece.text for piece in shown)}]
 
     def _prompt_ids(self, text: str) -> list[int]:
         if not self.templated:
@@ -145,8 +153,6 @@ class Chat:
         if settings.budget != self.settings.budget:
             self.decoder = Decoder(self.model, settings.rule, settings.budget)
             self.session = self.decoder.session(1)
-        # The keys in its cache are the same under every rule.
-        self.decoder.rule = self.session.rule = settings.rule
         self.settings, self.plain_speed = settings, None
 
     def _check(self, settings: Settings) -> None:

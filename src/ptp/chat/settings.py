@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -48,9 +49,10 @@ class Settings(Record):
         )
         # Not among them: a configuration refuses a length in words of its own.
         config.max_new_tokens = self.max_new_tokens
-        return request_from(
+        request = request_from(
             config, base_model, self.rule, prompt_ids, seed=self.seed, sequence=sequence, tokenizer=tokenizer
         )
+        return replace(request, rule=self.rule)
 
     def changed(self, name: str, value: str) -> Settings:
         """The settings with another value, as it is typed. Raises `ConfigError` for a name or a value that is none."""

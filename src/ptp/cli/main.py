@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ptp.cli import bench, demo, distill, generate, pregenerate, train, verify
+from ptp.cli import bench, demo, distill, generate, pregenerate, push, serve, train, verify
 from ptp.cli.common import run
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ for name, module in {
     "generate": generate,
     "verify": verify,
     "bench": bench,
+    "serve": serve,
+    "push": push,
 }.items():
     app.command(name)(module.command)
 

@@ -21,7 +21,10 @@ from transformers import (
 from ptp.errors import DecodingError
 from ptp.layer_kinds import context_length
 from ptp.model.ptp_model import end_token_ids as model_end_token_ids
-from ptp.sampling import uniform
+from ptp.sampling import SamplingRule, uniform
+
+MOST_LOGPROBS = 20
+"""Most likely tokens that may be asked for beside each token, as many as OpenAI's API gives."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,10 @@ class Request:
     """One prompt to complete. u: (max_new_tokens,) float32, the numbers of the tokens to come, in order.
 
     processors: change each token's logits before the sampling rule does, as in transformers. stopping: transformers'
-    criteria, asked after each token with all tokens so far; there are no scores for them.
+    criteria, asked after each token with all tokens so far; there are no scores for them. rule: how tokens are sampled
+    (None: as the session samples). budget: positions that calls may spend on drafts and branches at most, 0 being
+    plain decoding (None: what the session's policy says). num_logprobs: of each token to come, its log-probability is
+    told, and those of so many most likely ones (None: nothing is).
     """
 
     prompt_ids: list[int]
@@ -38,6 +44,9 @@ class Request:
     u: Tensor
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     stopping: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+    rule: SamplingRule | None = None
+    budget: int | None = None
+    num_logprobs: int | None = None
 
     @cached_property
     def u_values(self) -> list[float]:
@@ -71,6 +80,9 @@ def make_request(
     min_new_tokens: int = 0,
     processors: Sequence[LogitsProcessor] = (),
     stopping: Sequence[StoppingCriteria] = (),
+    rule: SamplingRule | None = None,
+    budget: int | None = None,
+    num_logprobs: int | None = None,
 ) -> Request:
     """Check a prompt against the model. Raises `DecodingError` for what cannot be served.
 
@@ -88,6 +100,10 @@ def make_request(
         raise DecodingError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
     if not 0 <= min_new_tokens <= max_new_tokens:
         raise DecodingError(f"min_new_tokens must lie in [0, max_new_tokens = {max_new_tokens}]; got {min_new_tokens}")
+    if budget is not None and budget < 0:
+        raise DecodingError(f"budget must be 0 (plain decoding) or a positive number of positions; got {budget}")
+    if num_logprobs is not None and not 0 <= num_logprobs <= MOST_LOGPROBS:
+        raise DecodingError(f"num_logprobs must lie in [0, {MOST_LOGPROBS}]; got {num_logprobs}")
     if context is not None and len(ids) >= context:
         raise DecodingError(
             f"the prompt has {len(ids)} tokens and the model's context is {context}: "
@@ -104,7 +120,17 @@ def make_request(
     if min_new_tokens and end_token_ids:
         ends = torch.tensor(list(end_token_ids), device=device)
         all_processors.insert(0, MinNewTokensLengthLogitsProcessor(len(ids), min_new_tokens, ends, device=str(device)))
-    return Request(ids, max_new_tokens, frozenset(end_token_ids), u, all_processors, StoppingCriteriaList(stopping))
+    return Request(
+        prompt_ids=ids,
+        max_new_tokens=max_new_tokens,
+        end_token_ids=frozenset(end_token_ids),
+        u=u,
+        processors=all_processors,
+        stopping=StoppingCriteriaList(stopping),
+        rule=rule,
+        budget=budget,
+        num_logprobs=num_logprobs,
+    )
 
 
 def _shape(ids: Sequence[int] | Tensor) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from ptp.decoding.allocation import allocate
 from ptp.decoding.budget import Policy
 from ptp.decoding.layout import CallLayout, CallShape, RowLayout, call_layout, call_mask, key_positions
 from ptp.decoding.requests import Request
-from ptp.decoding.verification import Verified, sampled, verify
+from ptp.decoding.verification import Logprobs, Verified, by_rule, logprobs, sampled, verify
 from ptp.errors import DecodingError
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import LogitsOf, SamplingRule, pick, probability, warp
@@ -43,7 +43,7 @@ class Step:
     """What one call settled for a text. token_ids: verified tokens, in order; the first num_accepted had been drafted.
 
     u: their numbers. num_drafts: draft tokens the call verified. finish_reason: of a text's last call, why the text
-    ends there (see `Request.finish_reason`).
+    ends there (see `Request.finish_reason`). logprobs: of each token, where the request asks for them.
     """
 
     token_ids: list[int]
@@ -51,6 +51,7 @@ class Step:
     num_accepted: int
     num_drafts: int
     finish_reason: str | None = None
+    logprobs: list[Logprobs] | None = None
 
 
 @dataclass(eq=False)
@@ -79,6 +80,7 @@ class Outcome:
     verified: Verified
     drafts: list[int]
     confidences: list[float]
+    logprobs: list[Logprobs] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,11 @@ class Session:
         return None not in self.slots
 
     @torch.inference_mode()
-    def enter(self, request: Request) -> Text:
-        """Begin a text in a free slot: the one whose kept keys serve most of the prompt."""
+    def enter(self, request: Request, written: Sequence[int] = ()) -> Text:
+        """Begin a text in a free slot: the one whose kept keys serve most of the prompt.
+
+        written: its tokens so far, where it goes on from another session.
+        """
         if self.is_full:
             raise DecodingError(f"all {self.num_slots} slots are taken; a text must leave before another can enter")
         prompt = request.prompt_ids
@@ -147,7 +152,7 @@ class Session:
         reused = {slot: _common(self.kept[slot], prompt[:-1]) for slot, text in enumerate(self.slots) if text is None}
         slot = max(reused, key=lambda slot: (reused[slot], -len(self.kept[slot]), -slot))
         self._reserve(len(prompt) + request.max_new_tokens)
-        text = self.slots[slot] = Text(request, list(prompt), reused[slot])
+        text = self.slots[slot] = Text(request, [*prompt, *written], reused[slot])
         self.kept[slot] = []
         # Alone, the rest of a prompt is read by the call that drafts first; beside others it would pad all of them.
         ahead = PREFILL_CHUNK if self.num_slots == 1 else 1
@@ -176,31 +181,50 @@ class Session:
         """One call for all texts, each of which gets at least one token; those that are finished leave."""
         self._close_gaps()
         texts = self.texts
-        lead = self.model.ptp_config.lead
-        price, profile = self.policy.price(len(texts)), self.policy.profile(len(texts))
-        layouts = []
-        for text in texts:
-            plan = allocate(text.confidences, profile, price, text.num_remaining)
-            text.drafts = text.drafts[: plan.num_drafts]
-            widths = tuple(width + lead if width else 0 for width in plan.widths)
-            layouts.append(RowLayout(len(text.tokens) - text.num_cached, plan.num_drafts, widths))
+        layouts = self._layouts(texts)
         plain = self.layers is None and _is_plain(layouts)
         outcomes = [self._call_plainly(texts[0])] if plain else self._call(texts, layouts)
         steps = []
         for text, layout, outcome in zip(texts, layouts, outcomes, strict=True):
             verified = outcome.verified
             u = text.request.u_values[text.num_written : text.num_written + len(verified.token_ids)]
-            step = Step(verified.token_ids, u, verified.num_accepted, layout.num_drafts, verified.finish_reason)
+            step = Step(
+                verified.token_ids,
+                u,
+                verified.num_accepted,
+                layout.num_drafts,
+                verified.finish_reason,
+                outcome.logprobs,
+            )
             steps.append((text, step))
             text.tokens += step.token_ids
             text.num_cached = len(text.tokens) - 1
             text.drafts, text.confidences = outcome.drafts, outcome.confidences
             if step.finish_reason is not None:
                 self.leave(text)
-        if all(layout.num_pending == 1 for layout in layouts):
-            num_positions = len(texts) * CallShape.of(layouts).num_positions
-            self.policy.learn(len(texts), sum(len(step.token_ids) for _, step in steps), num_positions)
+        # Calls that read prompts, or that drafted less than the policy would have, say nothing of its choices.
+        if all(layout.num_pending == 1 for layout in layouts) and all(text.request.budget is None for text in texts):
+            num_tokens = sum(len(step.token_ids) for _, step in steps)
+            confidences = [outcome.confidences for outcome in outcomes]
+            self.policy.learn(num_tokens, CallShape.of(layouts).num_positions - 1, confidences)
         return steps
+
+    def _layouts(self, texts: Sequence[Text]) -> list[RowLayout]:
+        """What each text verifies and drafts in the next call; drafts that are not verified are dropped."""
+        price, lead = self.policy.price(len(texts)), self.model.ptp_config.lead
+        if len(price) == 1:
+            for text in texts:
+                text.drafts, text.confidences = [], []
+            return [RowLayout(len(text.tokens) - text.num_cached, 0, (0,)) for text in texts]
+        profile = self.policy.profile(len(texts))
+        layouts = []
+        for text in texts:
+            own_price = price if text.request.budget is None else price[: text.request.budget + 1]
+            plan = allocate(text.confidences, profile, own_price, text.num_remaining)
+            text.drafts = text.drafts[: plan.num_drafts]
+            widths = tuple(width + lead if width else 0 for width in plan.widths)
+            layouts.append(RowLayout(len(text.tokens) - text.num_cached, plan.num_drafts, widths))
+        return layouts
 
     def _close_gaps(self) -> None:
         """Move texts so that they stand in the first slots: a call takes neighbouring ones."""
@@ -271,6 +295,8 @@ class Session:
         """One forward call: what it verifies, and what it drafts."""
         reading = self._read(texts, layouts)
         layout, logits = reading.layout, reading.logits_at(reading.layout.verify)
+        rules = [self._rule(text) for text in texts]
+        rules += rules[:1] * (len(logits) - len(texts))
         found: list[Tensor] = []
         verified: list[Verified] = []
         if any(text.request.processors for text in texts):
@@ -283,7 +309,7 @@ class Session:
         else:
             # Drafts count up to the first that is not what the base model writes with that u.
             place = torch.arange(logits.shape[1], device=logits.device)
-            true_tokens = pick(warp(logits, self.rule), reading.u_at(place))
+            (true_tokens,) = by_rule(rules, _picked, logits, reading.u_at(place))
             drafts = reading.tokens.gather(1, layout.verify)[:, 1:]
             right = (drafts == true_tokens[:, :-1]) & (place[1:] <= layout.num_drafts.unsqueeze(1))
             num_accepted = right.cumprod(1).sum(1, keepdim=True)
@@ -293,7 +319,7 @@ class Session:
         if logits.device.type == "cpu":
             # Looking costs nothing here, and less is read.
             widest = int(layout.widths.gather(1, num_accepted).max())
-        found += self._draft(reading, num_accepted, bonus, widest) if widest else [num_accepted[:, :0]] * 2
+        found += self._draft(reading, num_accepted, bonus, widest, rules) if widest else [num_accepted[:, :0]] * 2
         # One copy to the host: float64 holds token ids exactly.
         values = torch.cat([part.double() for part in found], dim=1).split([part.shape[1] for part in found], dim=1)
         *true, drafted, confidences = (part.tolist() for part in values)
@@ -303,7 +329,8 @@ class Session:
                 verified.append(verify(map(int, true[0][row]), text.drafts, text.tokens, text.request))
             width = max(0, own.widths[verified[row].num_accepted] - self.model.ptp_config.lead)
             next_drafts = [int(token) for token in drafted[row][:width]]
-            outcomes.append(Outcome(verified[row], next_drafts, confidences[row][:width]))
+            told = _logprobs(text, logits[row], verified[row])
+            outcomes.append(Outcome(verified[row], next_drafts, confidences[row][:width], told))
         return outcomes
 
     def _call_plainly(self, text: Text) -> Outcome:
@@ -311,12 +338,17 @@ class Session:
         self.cache.append_at(None, text.num_cached)
         ids, position = torch.tensor([[[text.tokens[-1]], [text.num_cached]]], device=self.model.device).unbind(1)
         hidden = self.model.read(ids, position, None, self.cache)
-        return Outcome(self._verified(text, self.head(hidden[0]), text.request.u[text.num_written :]), [], [])
+        logits = self.head(hidden[0])
+        verified = self._verified(text, logits, text.request.u[text.num_written :])
+        return Outcome(verified, [], [], _logprobs(text, logits, verified))
+
+    def _rule(self, text: Text) -> SamplingRule:
+        return text.request.rule or self.rule
 
     def _verified(self, text: Text, logits: Tensor, u: Tensor) -> Verified:
         """What plain sampling writes at a text's verify rows, (R, V), with u (≥ R,), up to the first wrong draft."""
         rows, request = logits[: 1 + len(text.drafts)], text.request
-        true_tokens = sampled(rows, u, text.tokens + text.drafts, self.rule, request.processors)
+        true_tokens = sampled(rows, u, text.tokens + text.drafts, self._rule(text), request.processors)
         return verify(true_tokens, text.drafts, text.tokens, request)
 
     def _compiled_shape(self, shape: CallShape) -> CallShape:
@@ -325,19 +357,21 @@ class Session:
             return shape
         return CallShape(1 + min(self.model.ptp_config.num_drafts, self.policy.most), self.policy.most)
 
-    def _draft(self, reading: _Reading, num_accepted: Tensor, bonus: Tensor, widest: int) -> list[Tensor]:
+    def _draft(
+        self, reading: _Reading, num_accepted: Tensor, bonus: Tensor, widest: int, rules: Sequence[SamplingRule]
+    ) -> list[Tensor]:
         """Drafts and calibrated confidences, (B, widest − lead) each, of the branches that came true.
 
         num_accepted: (B, 1), which they are. bonus: (B, 1), the tokens before their first drafts. widest: positions of
-        the widest; what lies past a branch's own is padding.
+        the widest; what lies past a branch's own is padding. rules: (B,).
         """
         lead, device = self.model.ptp_config.lead, bonus.device
         index = reading.layout.starts.gather(1, num_accepted) + torch.arange(widest, device=device)
         logits = reading.logits_at(index.clamp(max=reading.layout.offset.shape[1] - 1))
         u = reading.u_at(num_accepted + 1 + torch.arange(widest - lead, device=device))
-        return self._drafts(logits, u, bonus)
+        return self._drafts(logits, u, bonus, rules)
 
-    def _drafts(self, logits: Tensor, u: Tensor, bonus: Tensor) -> list[Tensor]:
+    def _drafts(self, logits: Tensor, u: Tensor, bonus: Tensor, rules: Sequence[SamplingRule]) -> list[Tensor]:
         """Drafts and calibrated confidences, (B, drafts) each, of a branch's logits (B, lead + drafts, V).
 
         u: (B, drafts), of the drafts' own places. bonus: (B, 1), which O-PTP's first row has foreseen or not.
@@ -346,9 +380,24 @@ class Session:
         if self.model.ptp_config.variant == "one_hot":
             best = logits.float().softmax(-1).max(-1)
             return [best.indices[:, 1:], calibration(best.values[:, 1:], foreseen=best.indices[:, :1] == bonus)]
-        distribution = warp(logits, self.rule)
-        drafts = pick(distribution, u)
-        return [drafts, calibration(probability(distribution, drafts))]
+        drafts, confidences = by_rule(rules, _picked_with_probability, logits, u)
+        return [drafts, calibration(confidences)]
+
+
+def _picked(rule: SamplingRule, logits: Tensor, u: Tensor) -> list[Tensor]:
+    return [pick(warp(logits, rule), u)]
+
+
+def _picked_with_probability(rule: SamplingRule, logits: Tensor, u: Tensor) -> list[Tensor]:
+    distribution = warp(logits, rule)
+    tokens = pick(distribution, u)
+    return [tokens, probability(distribution, tokens)]
+
+
+def _logprobs(text: Text, logits: Tensor, verified: Verified) -> list[Logprobs] | None:
+    """What a request asks to be told of the tokens that a call verified, given the logits (R, V) of its rows."""
+    asked = text.request.num_logprobs
+    return None if asked is None else logprobs(logits, verified.token_ids, asked)
 
 
 def _is_plain(layouts: Sequence[RowLayout]) -> bool:

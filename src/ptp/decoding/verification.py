@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -52,6 +52,44 @@ def sampled(
                 f"{float(scores.max())}"
             )
         yield int(pick(warp(scores, rule), u[row]))
+
+
+def by_rule(rules: Sequence[SamplingRule], sample: Callable[..., list[Tensor]], *rows: Tensor) -> list[Tensor]:
+    """`sample(rule, *rows)`, once for all rows that share a rule; what comes back stands in the order of the rows.
+
+    rules: B of them. rows: tensors (B, ...), as are those that `sample` returns.
+    """
+    if all(rule == rules[0] for rule in rules):
+        return sample(rules[0], *rows)
+    places: dict[SamplingRule, list[int]] = {}
+    for place, rule in enumerate(rules):
+        places.setdefault(rule, []).append(place)
+    found = [sample(rule, *(tensor[own] for tensor in rows)) for rule, own in places.items()]
+    order = torch.tensor([place for own in places.values() for place in own], device=rows[0].device).argsort()
+    return [torch.cat(parts)[order] for parts in zip(*found, strict=True)]
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """What the base model thought of a token, before the sampling rule and any processor.
+
+    token: its log-probability. most_likely: the likeliest tokens' ids and log-probabilities, in that order.
+    """
+
+    token: float
+    most_likely: list[tuple[int, float]]
+
+
+def logprobs(logits: Tensor, token_ids: Sequence[int], num_most_likely: int) -> list[Logprobs]:
+    """Of each token, given the logits (≥ R, V) of the rows that chose R of them."""
+    scores = logits[: len(token_ids)].float().log_softmax(-1)
+    chosen = scores.gather(-1, torch.tensor(token_ids, device=scores.device).unsqueeze(-1)).squeeze(-1)
+    best = scores.topk(min(num_most_likely, scores.shape[-1]))
+    most_likely = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        Logprobs(own, list(zip(ids, values, strict=True)))
+        for own, (ids, values) in zip(chosen.tolist(), most_likely, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

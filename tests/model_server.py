@@ -1,0 +1,50 @@
+"""A model behind a real server on loopback."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ptp.decoding.decoder import Decoder
+from ptp.server.api import Service
+from ptp.server.run import Server, bind
+
+NAME = "tiny"
+
+Alone = Callable[..., tuple[list[int], str]]
+
+
+@contextmanager
+def running(service: Service) -> Iterator[str]:
+    """A server of the service in a thread, on a free port; yields its address."""
+    with bind("127.0.0.1", 0) as listening:
+        server = Server(service)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Until it holds; fails if it never does."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.01)
+
+
+def model_directory(root: Path, decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """An adapter directory beside its base model."""
+    decoder.model.base_model.save_pretrained(root / "base")
+    decoder.model.base_model.name_or_path = str(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    decoder.model.save_pretrained(root / "adapter")
+    return root / "adapter"
