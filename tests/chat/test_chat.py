@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from chats import RULE, open_chat, said, write_chat
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ptp.chat.chat import Chat
@@ -335,12 +336,27 @@ def test_text_comes_call_by_call_and_a_call_s_own_token_last(chat: Chat) -> None
         )
 
 
-def test_a_completion_goes_on_from_its_prompt_with_the_space_between(chat: Chat, directory: Path) -> None:
-    raw = open_chat(directory, templated=False)
-    answer = said(raw, "1 and")
-    turn = raw.turns[0]
-    tokens = [*turn.request.prompt_ids, *turn.token_ids]
-    assert raw.tokenizer.decode(tokens, skip_special_tokens=True) == "1 and" + answer
+def test_a_completion_goes_on_with_the_space_that_an_answer_does_not_begin_with(chat: Chat) -> None:
+    words = Tokenizer(models.WordLevel({f"▁w{number}": number for number in range(len(chat.tokenizer))}))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    completed = said(Chat(chat.model, tokenizer, chat.settings, templated=False), "w5 w6")
+    assert completed.startswith(" w")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert said(Chat(chat.model, tokenizer, chat.settings, templated=True), "w5 w6") == completed[1:]
+
+
+def test_a_stop_string_ends_the_answer_with_the_token_that_completes_it(chat: Chat) -> None:
+    answer = said(chat, "1 and 2?")
+    stop = answer[4:6]
+    chat.set("min_new_tokens", "0")
+    chat.set("stop", stop)
+    chat.reset()
+    cut = said(chat, "1 and 2?")
+    assert stop in cut
+    assert answer.startswith(cut)
+    assert len(cut) < len(answer)
+    assert chat.turns[0].finish_reason == "stop"
 
 
 def test_a_tokenizer_that_cannot_stream_is_refused(chat: Chat) -> None:

@@ -105,9 +105,10 @@ def first_interrupt_after(stopped: Callable[[], bool]) -> Any:
 
 
 def test_what_is_no_command_or_no_value_is_one_line_and_the_chat_goes_on(chat: Chat) -> None:
-    lines = conversation(chat, "/sytem x", "/set temperature warm", "/save", "/system", KeyboardInterrupt(), "1?")
-    assert lines.splitlines()[3:7] == [
+    typed = ("/sytem x", "/set temprature", "/set temperature warm", "/save", "/system", KeyboardInterrupt(), "1?")
+    assert conversation(chat, *typed).splitlines()[3:8] == [
         "unknown command /sytem; did you mean /system?",
+        "unknown key 'temprature' in /set; did you mean 'temperature'?",
         "temperature: input should be a valid number, unable to parse string as a number; got 'warm'",
         "/save takes one file name, in quotes if it has spaces; got none",
         "system message: none",
@@ -151,7 +152,7 @@ def test_tokens_are_coloured_by_call_and_a_call_s_own_token_is_underlined(
     chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pieces = [Piece("one ", 1, True), Piece("two ", 1, False), Piece("three ", 2, True), Piece("four", 3, False)]
-    monkeypatch.setattr(chat, "answer", lambda text, stopped: iter(pieces))
+    monkeypatch.setattr(chat, "answer", lambda text, stopped: (piece for piece in pieces))
     blue, yellow, green = "\x1b[34m", "\x1b[33m", "\x1b[4;32m"
     coloured = f"{blue}one \x1b[0m\x1b[4;34mtwo \x1b[0m{yellow}three \x1b[0m{green}four\x1b[0m\n"
     assert coloured in conversation(chat, "/colour", "1?", colours=True)
@@ -159,7 +160,8 @@ def test_tokens_are_coloured_by_call_and_a_call_s_own_token_is_underlined(
 
 
 def test_a_model_cannot_steer_the_terminal(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "answer", lambda text, stopped: iter([Piece("\x1b[2J\x07\r[bold]", 1, True)]))
+    pieces = [Piece("\x1b[2J\x07\r[bold]", 1, True)]
+    monkeypatch.setattr(chat, "answer", lambda text, stopped: (piece for piece in pieces))
     shown = conversation(chat, "1?")
     assert "␛[2J␇␍[bold]\n" in shown
     assert "\x1b" not in shown

@@ -60,18 +60,18 @@ def test_a_chat_as_it_is_typed(directory: Path, start: Callable, tmp_path: Path)
         window.enter("/set min_new_tokens 20")
         window.enter("/set max_new_tokens 24")
 
-        window.wait_until(lambda screen: screen.endswith("\n>"))
+        window.wait_until(lambda screen: screen.endswith("max_new_tokens  24\n>"))
         window.press("Up")
         window.wait("> /set max_new_tokens 24", 2)
         window.press("C-c")
         window.type("/colo")
-        window.wait("/colour  colour tokens")
+        window.wait("/colour  show tokens")
         window.press("Tab")
         window.wait("> /colour")
         window.press("Enter")
         window.wait("its own")
         window.enter("of course")
-        window.wait("x plain decoding", 4)
+        window.wait("tokens per call", 4)
 
         window.enter(f"/save '{file}'")
         window.wait("saved to")
@@ -83,7 +83,7 @@ def test_a_chat_as_it_is_typed(directory: Path, start: Callable, tmp_path: Path)
         screen = window.wait("answers          4")
 
         messages = json.loads(file.read_text())["messages"]
-        num_calls = [int(calls) for calls in re.findall(r"tokens, (\d+) calls, .* plain decoding", screen)[:4]]
+        num_calls = [int(calls) for calls in re.findall(r"tokens, (\d+) calls, ", screen)[:4]]
         assert messages == replayed(directory, num_calls)
         answers = [message["content"] for message in messages[1::2]]
         flat = re.sub(r"\s|\^C", "", screen)
@@ -92,7 +92,7 @@ def test_a_chat_as_it_is_typed(directory: Path, start: Callable, tmp_path: Path)
 
         window.enter("/reset")
         window.enter("1 and 2?")
-        window.wait("x plain decoding", 5 + 1)
+        window.wait("tokens per call", 5 + 1)
         assert window.screen().count(answers[0]) == 2
         window.press("C-d")
         window.wait("left with code 0")

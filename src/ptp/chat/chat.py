@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from itertools import takewhile
 from operator import eq
 from pathlib import Path
@@ -74,7 +74,7 @@ class Chat:
             return False
         return len(self.turns[-1].request.prompt_ids) + len(self.turns[-1].token_ids) >= self.context
 
-    def answer(self, text: str, stopped: Callable[[], bool] = never) -> Iterator[Piece]:
+    def answer(self, text: str, stopped: Callable[[], bool] = never) -> Generator[Piece]:
         """Write the answer to a text: verified tokens, as each call settles them.
 
         stopped: asked before each call; if so, what is written stays as the answer. It also stays where a call fails

@@ -24,7 +24,7 @@ COMMANDS = (
     Command("system", "TEXT", "tell the model something before the chat; - for nothing, alone to see it"),
     Command("set", "NAME VALUE", "change how answers are written; alone to see all settings"),
     Command("stats", "", "what the chat has cost so far, and what it is compared with"),
-    Command("colour", "", "colour tokens by the call that wrote them, or leave it"),
+    Command("colour", "", "show tokens in the colour of the call that wrote them, or no more"),
     Command("save", "[--overwrite] FILE", "write the chat into a file, as OpenAI's messages in JSON"),
     Command("help", "", "show this"),
     Command("exit", "", "leave; so does Ctrl-D"),

@@ -29,8 +29,6 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
         return whole
     # Both decoded: what a tokenizer adds or drops, as a space at the beginning, is then the same.
     before, text = _decoded(tokenizer, known), _decoded(tokenizer, whole)
-    if not text.startswith(before):
-        return whole
     continued = [*known, *encode(tokenizer, text[len(before) :])]
     return continued if _decoded(tokenizer, continued) == text else whole
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -21,8 +21,9 @@ from rich.console import Console
 from ptp.chat.chat import Chat
 from ptp.chat.commands import COMMANDS, parse, parse_save
 from ptp.chat.figures import Figures
-from ptp.errors import PTPError
+from ptp.errors import ConfigError, PTPError
 from ptp.evaluation.colour import hue_index, printable
+from ptp.records import unknown_key
 
 try:
     import termios
@@ -177,8 +178,8 @@ class Conversation:
     def answer(self, text: str) -> None:
         last, num_answers = "\n", len(self.chat.turns)
         try:
-            with first_interrupt() as stopped:
-                for piece in self.chat.answer(text, stopped):
+            with first_interrupt() as stopped, closing(self.chat.answer(text, stopped)) as pieces:
+                for piece in pieces:
                     shown = printable(piece.text)
                     style = HUES[hue_index(piece.call)] + ("" if piece.accepted else " underline")
                     self.write(shown, style if self.coloured else None)
@@ -194,19 +195,15 @@ class Conversation:
             self.after()
 
     def after(self) -> None:
-        """The line below an answer; plain decoding is timed before it, once."""
-        chat = self.chat
-        with suppress(KeyboardInterrupt):
-            chat.measure_plain_speed()
-        turn = chat.turns[-1]
-        ends = {
-            "stop": "",
-            "length": "; the context is full, /reset begins a new chat"
-            if chat.is_full and chat.templated
-            else "; cut at max_new_tokens",
-            None: "; stopped",
-        }
-        self.note(Figures.of([turn]).described(chat.plain_speed) + ends[turn.finish_reason] + "\n")
+        """The line below an answer. Plain decoding is timed before, once, but never after Ctrl-C."""
+        chat, turn = self.chat, self.chat.turns[-1]
+        if turn.finish_reason is not None:
+            with suppress(KeyboardInterrupt):
+                chat.measure_plain_speed()
+        end = {"stop": "", "length": "; cut at max_new_tokens", None: "; stopped"}[turn.finish_reason]
+        if chat.is_full:
+            end = "; the context is full" + ", /reset begins a new chat" * chat.templated
+        self.note(Figures.of([turn]).described(chat.plain_speed) + end + "\n")
 
     def on_reset(self, _: str) -> None:
         self.chat.reset()
@@ -221,8 +218,13 @@ class Conversation:
         name, _, value = argument.partition(" ")
         if value:
             self.chat.set(name, value.strip())
-        chosen = [(known, value) for known, value in self.chat.settings.named() if known == name.replace("-", "_")]
-        self.table((name, shown(value)) for name, value in chosen or self.chat.settings.named())
+        settings = dict(self.chat.settings.named())
+        if name:
+            name = name.replace("-", "_")
+            if name not in settings:
+                raise ConfigError(unknown_key(name, settings, "/set"))
+            settings = {name: settings[name]}
+        self.table((name, shown(value)) for name, value in settings.items())
         trained = self.chat.model.rule
         if value and trained not in (None, self.chat.settings.rule):
             self.note(f"the adapter was trained for {trained}: the text is as right, but fewer drafts are accepted")
@@ -252,11 +254,12 @@ class Conversation:
         if not self.coloured:
             self.note("colours off")
             return
-        for number, hue in enumerate(HUES, start=1):
-            self.write(f"drafts accepted in call {number}" if number == 1 else f"in call {number}", hue)
-            self.write(" and its own token" if number == 1 else " and its own", f"{hue} underline")
-            self.write(", ", None)
-        self.console.out("…")
+        this, following = HUES[:2]
+        self.write("drafts accepted in one call", this)
+        self.write(" and its own token", f"{this} underline")
+        self.write(", in the next call", following)
+        self.write(" and its own token", f"{following} underline")
+        self.console.out(", …")
 
     def on_save(self, argument: str) -> None:
         path, overwrite = parse_save(argument)
