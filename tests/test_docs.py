@@ -100,7 +100,7 @@ def command_lines(page: Path) -> Iterator[list[str]]:
         if language == "sh":
             lines += code.splitlines()
     for line in lines:
-        if re.match(r"(\.venv/bin/)?(ptp(_\w+)?|make)\b(?!\.)", line):
+        if re.match(r"(\.venv/bin/)?(ptp(_\w+)?|make)\b(?![.:])", line):
             words = shlex.split(line.removeprefix(".venv/bin/"), comments=True)
             if words[0] != "make" or len(words) > 1:
                 yield words
