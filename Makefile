@@ -1,11 +1,15 @@
 # make demo      train a small language model, make it parallel, measure it (about ten minutes on two cores)
 # make test      all tests but the slow ones       make test-all   all tests
 # make check     ruff and mypy                     make setup      the environment alone
+# make docs      the documentation as a site, in build/site
+# make audit     known faults of the pinned versions; needs a network that reaches pypi.org
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Each test is small: they share the cores by processes, not each by threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 
-.PHONY: setup demo test test-all check
+.PHONY: setup demo test test-all check docs audit
 
 setup: .venv/.complete
 
@@ -19,12 +23,20 @@ demo: setup
 	$(BIN)/ptp demo $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-all: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# --strict: what could not be looked up has not been audited.
+audit: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group audit
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt

@@ -7,9 +7,10 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # What tests read must not lie in the caches of who runs them.
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="ptp-datasets-")
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="ptp-modules-")
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.utils import logging as transformers_logging
 
 from ptp.config import DataConfig, Mode, PregenerateConfig, PTPConfig, TrainConfig
 from ptp.demo import make_tokenizer
@@ -34,6 +36,14 @@ settings.register_profile(
     "ptp", deadline=None, print_blob=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("ptp")
+
+
+@pytest.fixture
+def no_foreign_bars() -> Iterator[None]:
+    """Programs switch other libraries' bars off before these are imported, which is too late here."""
+    transformers_logging.disable_progress_bar()
+    yield
+    transformers_logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")

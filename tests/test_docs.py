@@ -1,66 +1,38 @@
-import ast
 import dataclasses
 import importlib
 import importlib.util
 import json
 import re
-import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import typer
+from huggingface_hub import HfApi
+from pages import ROOT, blocks, code_spans, each_page, load_script, prose
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from ptp import PTPConfig, PTPModel
+from ptp import Decoder, PTPConfig, PTPModel
 from ptp.cli.main import app
 from ptp.data.documents import Document, save_shard
 from ptp.data.store import Provenance
+from ptp.decoding import custom_generate
 from ptp.evaluation.bench import Figures
 from ptp.evaluation.experiment_bench import Bench
 from ptp.evaluation.measurement import Measurement
-from ptp.experiment import apply_override
 from ptp.model.adapter import AdapterSettings
 from ptp.stages.train import TrainingResult
 
-ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "paper-checkpoints").glob("*.md")])
-each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-
-
-def load_make_cli() -> Any:
-    spec = importlib.util.spec_from_file_location("make_cli", ROOT / "docs" / "make_cli.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_cli = load_make_cli()
-
-
-def fenced(text: str) -> list[tuple[str, str]]:
-    """(language, content) of every fenced block."""
-    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
-def prose(text: str) -> str:
-    """The text without its fenced blocks."""
-    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
-
-
-def code_spans(page: Path) -> list[str]:
-    return re.findall(r"`([^`\n]+)`", prose(page.read_text(encoding="utf-8")))
-
-
-def python_blocks(page: Path) -> list[str]:
-    return [code for language, code in fenced(page.read_text(encoding="utf-8")) if language == "python"]
+make_cli, make_api = load_script("make_cli"), load_script("make_api")
 
 
 # Commands
@@ -93,39 +65,8 @@ def options(name: str) -> list[str]:
     return [option for param in make_cli.commands()[name].params for option in param.opts if option.startswith("--")]
 
 
-def command_lines(page: Path) -> Iterator[list[str]]:
-    """Words of every command of ours in shell blocks and code spans."""
-    lines = code_spans(page)
-    for language, code in fenced(page.read_text(encoding="utf-8")):
-        if language == "sh":
-            lines += code.splitlines()
-    for line in lines:
-        if re.match(r"(\.venv/bin/)?(ptp(_\w+)?|make)\b(?![.:])", line):
-            words = shlex.split(line.removeprefix(".venv/bin/"), comments=True)
-            if words[0] != "make" or len(words) > 1:
-                yield words
-
-
-def make_targets() -> set[str]:
-    return set(re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-
-
-@each_page
-def test_every_command_in_the_docs_exists(page: Path) -> None:
-    known = make_cli.commands()
-    for words in command_lines(page):
-        if words[0] == "make":
-            assert words[1] in make_targets(), f"no such make target: {words}"
-            continue
-        name = " ".join(words[:2]) if words[0] == "ptp" and len(words) > 1 else words[0]
-        assert name in known or name == "ptp --help", f"no such command: {words}"
-        if name not in known:
-            continue
-        used = {word.partition("=")[0] for word in words if word.startswith("--")}
-        assert used <= {*options(name), "--help"}, f"no such option: {words}"
-        for word in words:
-            if re.fullmatch(r"\w+\.[\w.]+=\S+", word):
-                apply_override({}, word)
+def test_the_page_of_python_names_is_what_the_docstrings_say() -> None:
+    assert make_api.PAGE.read_text(encoding="utf-8") == make_api.page(), "run python docs/make_api.py"
 
 
 # Names, links, paths
@@ -207,26 +148,7 @@ def test_no_file_names_a_path_of_the_machine_it_was_written_on() -> None:
     assert found == []
 
 
-# Code
-
-
-@each_page
-def test_python_in_the_docs_parses(page: Path) -> None:
-    for code in python_blocks(page):
-        ast.parse(code)
-
-
-def test_the_ten_lines_of_the_readme_run(tiny_llama: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
-    (code,) = python_blocks(ROOT / "README.md")
-    monkeypatch.setattr(PTPModel, "from_pretrained", classmethod(lambda cls, directory: None))
-    names: dict[str, Any] = {"base_model": tiny_llama(), "prompt_ids": [5, 6, 7]}
-    exec(code, names)
-    assert len(names["out"].token_ids) == len(names["out"].u)
-
-
-@pytest.mark.parametrize("code", python_blocks(ROOT / "docs" / "method.md"))
-def test_the_examples_of_the_method_hold(code: str) -> None:
-    exec(code, {})
+# Formats
 
 
 @pytest.fixture(scope="module")
@@ -251,11 +173,31 @@ def generate_json(directory: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
+def test_the_page_on_transformers_runs_from_top_to_bottom(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(adapter / "adapter", tmp_path / "experiments" / "demo" / "adapter")
+    shutil.copytree(adapter / "base", tmp_path / "experiments" / "demo" / "teacher")
+    monkeypatch.chdir(tmp_path)
+    settings = tmp_path / "experiments" / "demo" / "adapter" / "ptp_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"base_model": "../teacher"}))
+    pushed: list[str] = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda _, repo_id, **options: pushed.append(repo_id))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda _, repo_id, **options: SimpleNamespace(commit_url=repo_id))
+    # Measuring takes seconds; any budget gives the text.
+    monkeypatch.setattr(custom_generate, "Decoder", lambda model, rule, budget: Decoder(model, rule, budget=8))
+    names: dict[str, Any] = {}
+    for code in blocks(ROOT / "docs" / "transformers.md", "python"):
+        exec(code, names)
+    assert pushed == ["OWNER/NAME"]
+    assert names["logits"].shape[1] == names["length"]
+
+
 def run_check(adapter: Path, record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     """Exit code of the check in docs/formats.md."""
     (tmp_path / "out.json").write_text(json.dumps(record))
     monkeypatch.setattr(sys, "argv", ["check_u.py", str(tmp_path / "out.json"), str(adapter / "base")])
-    (code,) = python_blocks(ROOT / "docs" / "formats.md")
+    (code,) = blocks(ROOT / "docs" / "formats.md", "python")
     with pytest.raises(SystemExit) as left:
         exec(code, {})
     return int(left.value.code)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptp.config import PTPConfig
+    from ptp.decoding.custom_generate import custom_generate, generate_of_repository
     from ptp.decoding.decoder import Decoder, Generation
     from ptp.errors import AdapterError, ConfigError, DataError, DecodingError, PTPError
     from ptp.model.ptp_model import PTPModel
@@ -23,6 +24,8 @@ _HOMES = {
     "PTPError": "ptp.errors",
     "PTPModel": "ptp.model.ptp_model",
     "SamplingRule": "ptp.sampling",
+    "custom_generate": "ptp.decoding.custom_generate",
+    "generate_of_repository": "ptp.decoding.custom_generate",
 }
 
 __all__ = [
@@ -36,6 +39,8 @@ __all__ = [
     "PTPError",
     "PTPModel",
     "SamplingRule",
+    "custom_generate",
+    "generate_of_repository",
 ]
 
 

@@ -174,8 +174,23 @@ class Experiment:
     def adapter(self) -> Path:
         return self.directory / "adapter"
 
+    def check_inside(self, *names: str) -> None:
+        """Raises `ConfigError` if what a stage is about to write to leads out of the directory by a link.
+
+        No setting names a place to write to, but a directory that comes from somebody else may hold links.
+        """
+        root = self.directory.resolve()
+        for name in names:
+            for path in (self.directory / name, *(self.directory / name).rglob("*")):
+                if path.is_symlink() and not path.resolve().is_relative_to(root):
+                    raise ConfigError(
+                        f"{path} is a link to {path.resolve()}, and nothing is written outside {self.directory}; put "
+                        "the whole experiment there, or replace the link by a copy"
+                    )
+
     def record_run(self, stage: str, data_fingerprint: str) -> None:
         """Keep what a run used, in runs/<stage>.json: command, resolved settings, data, versions and commit."""
+        self.check_inside("runs")
         run = {
             "command": sys.argv,
             "config": self.config.model_dump(mode="json"),

@@ -22,19 +22,29 @@ from ptp.decoding.requests import make_request
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
 
-SIZES = (1, 5, 9, 17, 33, 65)
-FLAT = Latency(SIZES, (1.0, 1.0, 1.01, 1.02, 1.05, 1.1))
+POSITIONS = (0, 4, 8, 16, 32, 64)
+
+
+def latency_of(*seconds: float) -> Latency:
+    """Of calls of one text and of eight, bound by the positions of all texts together."""
+    alone = np.interp(8 * np.array(POSITIONS) + 8, 1 + np.array(POSITIONS), seconds)
+    slope = (seconds[-1] - seconds[-2]) / (POSITIONS[-1] - POSITIONS[-2])
+    together = alone + np.maximum(8 * np.array(POSITIONS) + 8 - 65, 0) * slope
+    return Latency({1: dict(zip(POSITIONS, seconds, strict=True)), 8: dict(zip(POSITIONS, together, strict=True))})
+
+
+FLAT = latency_of(1.0, 1.0, 1.01, 1.02, 1.05, 1.1)
 """Bound by reading weights: positions cost next to nothing."""
-STEEP = Latency(SIZES, (1.0, 3.0, 5.0, 9.0, 17.0, 33.0))
+STEEP = latency_of(1.0, 3.0, 5.0, 9.0, 17.0, 33.0)
 """Bound by arithmetic: every further position costs half a call."""
-GENTLE = Latency(SIZES, (1.0, 1.2, 1.35, 1.6, 2.2, 3.4))
+GENTLE = latency_of(1.0, 1.2, 1.35, 1.6, 2.2, 3.4)
 
 
 class Simulation:
     """Decoding without a model: drafts are right with the chances that they claim, times `truth`."""
 
     def __init__(self, policy: Policy, latency: Latency, accuracy: float, truth: float, seed: int = 0) -> None:
-        self.policy, self.latency, self.truth = policy, latency, truth
+        self.policy, self.seconds, self.truth = policy, latency.of(1, 64), truth
         self.rng, self.accuracy = random.Random(seed), accuracy
 
     def tokens_per_second(self, num_calls: int, lead: int = 1) -> float:
@@ -45,12 +55,12 @@ class Simulation:
             accepted = 0
             while accepted < plan.num_drafts and self.rng.random() < confidences[accepted] * self.truth:
                 accepted += 1
-            positions = 1 + plan.num_positions(lead)
-            self.policy.learn(1, accepted + 1, positions)
-            tokens, seconds = tokens + accepted + 1, seconds + float(self.latency(np.array(positions)))
+            positions = plan.num_positions(lead)
+            tokens, seconds = tokens + accepted + 1, seconds + self.seconds[positions]
             # Easy and hard places: what a draft claims differs from window to window.
             sure = min(1.0, self.accuracy * self.rng.choice([0.5, 1.2]))
             confidences = [sure] * plan.widths[accepted]
+            self.policy.learn(accepted + 1, positions, [confidences])
         return tokens / seconds
 
 
@@ -77,7 +87,7 @@ def test_whatever_the_profile_promises_it_is_never_much_slower_than_plain_decodi
     latency: Latency, promised: float, truth: float
 ) -> None:
     measured = MeasuredBudget(profile(promised), latency, 64)
-    plain = 1 / latency.seconds[0]
+    plain = 1 / latency.seconds[1][0]
     assert Simulation(measured, latency, promised, truth).tokens_per_second(3000) > 0.95 * plain
 
 
@@ -86,7 +96,7 @@ def test_it_spends_more_where_positions_are_cheaper() -> None:
     for latency in (FLAT, GENTLE, STEEP):
         policy = MeasuredBudget(profile(0.8), latency, 64)
         for _ in range(100):
-            policy.learn(1, 3, 20)
+            policy.learn(3, 20, [[]])
         plan = allocate([0.8] * 7, policy.profile(1), policy.price(1), 10**6)
         spent.append(plan.num_positions(1))
     assert spent[0] > spent[1] > spent[2]
@@ -98,11 +108,34 @@ def test_more_texts_in_a_call_leave_fewer_positions_for_each() -> None:
     assert plans[0].num_positions(1) > plans[1].num_positions(1)
 
 
-@given(st.lists(st.tuples(st.integers(1, 600), st.floats(1e-4, 10)), min_size=2, unique_by=lambda pair: pair[0]))
-def test_a_larger_call_never_counts_as_faster(points: list[tuple[int, float]]) -> None:
-    positions, seconds = zip(*sorted(points), strict=True)
-    found = Latency(positions, seconds)(np.arange(1, 700))
-    assert (np.diff(found) >= -1e-12).all() and (found > 0).all()
+CURVES = st.dictionaries(st.integers(0, 600), st.floats(1e-4, 10), min_size=1)
+
+
+@given(st.dictionaries(st.integers(1, 40), CURVES, min_size=1), st.integers(1, 60))
+def test_a_larger_call_never_counts_as_faster(curves: dict[int, dict[int, float]], num_texts: int) -> None:
+    latency = Latency(curves)
+    found, more = (np.array(latency.of(number, 700)) for number in (num_texts, num_texts + 1))
+    assert (np.diff(found) >= 0).all() and (found > 0).all()
+    assert (more >= found * (1 - 1e-9)).all()
+
+
+def test_a_latency_is_what_was_measured_and_a_straight_line_between() -> None:
+    latency = Latency({1: {0: 1.0, 2: 2.0}, 4: {0: 2.0, 2: 5.0}})
+    assert latency.of(1, 4) == [1.0, 1.5, 2.0, 2.5, 3.0]
+    assert latency.of(4, 2) == [2.0, 3.5, 5.0]
+    assert latency.of(2, 2) == pytest.approx([4 / 3, 2 + 1 / 6, 3.0])
+    assert latency.of(7, 0) == pytest.approx([3.0])
+
+
+def test_where_drafts_in_decoding_are_worse_than_on_held_out_windows_fewer_are_made() -> None:
+    """The text there is harder: a branch stands where a draft was wrong."""
+    spent = []
+    for confidence in (0.8, 0.3):
+        policy = MeasuredBudget(profile(0.8), GENTLE, 64)
+        for _ in range(200):
+            policy.learn(2, 20, [[confidence] * 7])
+        spent.append(allocate([], policy.profile(1), policy.price(1), 10**6).num_positions(1))
+    assert spent[0] > spent[1]
 
 
 @pytest.fixture
@@ -130,7 +163,7 @@ def test_the_text_is_the_same_and_the_machine_is_measured_once(
             request = make_request(base, prompt, 30, 4, number)
             assert texts[number].token_ids == decode_plainly(base, request, SamplingRule())
         # Whoever measures again is caught.
-        monkeypatch.setattr(latency_module, "_timed_step", None)
+        monkeypatch.setattr(latency_module, "_measure_stretch", None)
     (kept,) = (tmp_path / "ptp" / "latency").iterdir()
     kept.write_text("torn")
     with pytest.raises(TypeError):
@@ -151,9 +184,10 @@ def test_calls_are_measured_by_the_positions_that_they_have(
 
     monkeypatch.setattr(PTPModel, "read", spy)
     latency = Decoder(model, SamplingRule(), budget="auto").policy.latency
-    assert latency.positions[0] == 1
-    assert set(latency.positions) <= set(seen)
-    assert len(latency.positions) >= 8 and max(latency.positions) > 100
+    assert list(latency.seconds) == [1, 4, 16]
+    for number, curve in latency.seconds.items():
+        assert min(curve) == 0 and max(curve) > 10
+        assert number * (1 + max(curve)) in seen
 
 
 def test_a_model_that_drafts_nothing_has_nothing_to_measure(base: PreTrainedModel, random_adapter: Callable) -> None:

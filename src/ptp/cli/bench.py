@@ -55,6 +55,7 @@ def command(
     from ptp.files import append_line, write_atomically
 
     experiment = Experiment.load(directory, overrides or [])
+    experiment.check_inside("bench.jsonl")
     with progress_bar() as progress:
         bench = bench_experiment(
             experiment,

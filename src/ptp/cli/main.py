@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from ptp.cli import bench, demo, distill, generate, pregenerate, serve, train, verify
+from ptp.cli import bench, demo, distill, generate, pregenerate, push, serve, train, verify
 from ptp.cli.common import run
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ for name, module in {
     "verify": verify,
     "bench": bench,
     "serve": serve,
+    "push": push,
 }.items():
     app.command(name)(module.command)
 

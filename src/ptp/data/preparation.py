@@ -7,6 +7,8 @@ says that the settings do not fit the data, such as a missing column or an unkno
 from __future__ import annotations
 
 import json
+import re
+import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -168,12 +170,21 @@ def column(row: Row, name: str, number: int, setting: str = "data.column") -> An
 def fill(scheme: str, row: Row, number: int) -> str:
     """A prompt scheme, a format string over the columns, filled with a row; a cell without a value is empty text."""
     try:
-        return scheme.format_map({name: "" if cell is None else cell for name, cell in row.items()})
+        return _Cells().vformat(scheme, (), {name: "" if cell is None else cell for name, cell in row.items()})
     except KeyError as missing:
         columns = ", ".join(sorted(row))
         raise DataError(f"row {number} has no column {missing} for the prompt scheme; it has: {columns}") from None
     except (ValueError, IndexError, AttributeError, TypeError) as error:
         raise DataError(f"the prompt scheme {scheme!r} is not a format string over the columns: {error}") from None
+
+
+class _Cells(string.Formatter):
+    """Fills in what a row holds; attributes lead from a cell to the program, which a scheme has no business with."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        if "." in re.sub(r"\[[^]]*\]", "", field_name):
+            raise ValueError(f"{{{field_name}}} asks for an attribute; parts of a cell are written {{column[part]}}")
+        return super().get_field(field_name, args, kwargs)
 
 
 def described(left_out: Counter[str]) -> str:

@@ -2,15 +2,16 @@
 
 A policy gives the price of spending positions on a text, in tokens, for which `allocate` finds the best call. Under a
 fixed budget positions cost nothing, up to their number. Measured, n positions cost the tokens that their time would
-have yielded otherwise: rate · (t(1 + n) − t(1)), t being the time of a call and the rate the tokens a second that
-decoding yields, learnt from its own calls. Where that rate falls behind plain decoding's, calls are plain.
+have yielded otherwise: rate · (t(n) − t(0)), t being the time of a call and the rate the tokens a second that decoding
+yields, learnt from its own calls. Where that rate falls behind plain decoding's, calls are plain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from itertools import accumulate
+from operator import mul
 from typing import Protocol
 
 import numpy as np
@@ -33,6 +34,12 @@ PROBATION = 16
 PAUSE = 512
 """Calls that stay plain after drafting did not pay, twice as many each time: probations then cost next to nothing."""
 
+DOUBT = 1.1
+"""How many times plain decoding's rate held-out windows must promise for drafting to begin: decoding keeps less."""
+
+PRIOR_WINDOWS = 16
+"""Windows that the acceptance profile counts for beside those that decoding itself has seen."""
+
 
 class Policy(Protocol):
     """How a decoder prices positions. most: positions of a text that a call may spend."""
@@ -45,8 +52,11 @@ class Policy(Protocol):
     def profile(self, num_texts: int) -> Profile:
         """What branches yield, net of what verifying their drafts will cost."""
 
-    def learn(self, num_texts: int, num_tokens: int, num_positions: int) -> None:
-        """A call of so many texts, with so many positions in all, yielded so many tokens."""
+    def learn(self, num_tokens: int, num_positions: int, confidences: Sequence[Sequence[float]]) -> None:
+        """What a call yielded: tokens of all its texts, and of each the confidences of its new drafts.
+
+        num_positions: what each text could spend, the last of its tokens not counted.
+        """
 
 
 class FixedBudget:
@@ -61,58 +71,74 @@ class FixedBudget:
     def profile(self, num_texts: int) -> Profile:
         return self._profile
 
-    def learn(self, num_texts: int, num_tokens: int, num_positions: int) -> None:
+    def learn(self, num_tokens: int, num_positions: int, confidences: Sequence[Sequence[float]]) -> None:
         pass
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of a call by its number of positions, as measured; a straight line between, and behind the last two."""
+    """Seconds of calls as measured, by their number of texts and by the positions that each text spends."""
 
-    positions: tuple[int, ...]
-    seconds: tuple[float, ...]
+    seconds: Mapping[int, Mapping[int, float]]
 
-    @cached_property
-    def rising(self) -> np.ndarray:
-        """The seconds, none less than those of a smaller call: a larger one was measured the faster by chance."""
-        return np.maximum.accumulate(self.seconds)
+    def of(self, num_texts: int, most: int) -> list[float]:
+        """Seconds of calls of so many texts, each of which spends 0 … most positions; straight lines between."""
+        # A text has a position of its own besides, which counts where nothing but a proportion is known.
+        own = np.arange(1.0, most + 2)
+        curves = [_line(own, {1 + positions: s for positions, s in curve.items()}) for curve in self.seconds.values()]
+        number = np.array([float(num_texts)])
+        seconds = [_line(number, dict(zip(self.seconds, column, strict=True)))[0] for column in np.transpose(curves)]
+        return np.maximum.accumulate(seconds).tolist()
 
-    def __call__(self, positions: np.ndarray) -> np.ndarray:
-        seconds = self.rising
-        slope = (seconds[-1] - seconds[-2]) / (self.positions[-1] - self.positions[-2])
-        beyond = np.maximum(positions - self.positions[-1], 0) * slope
-        return np.interp(positions, self.positions, seconds) + beyond
+
+def _line(at: np.ndarray, points: Mapping[int, float]) -> np.ndarray:
+    """A rising line through points, continued as it ends; in proportion, if there is one point only."""
+    x = np.array(sorted(points))
+    # None less than that of a smaller call: a larger one was measured the faster by chance.
+    y = np.maximum.accumulate([points[key] for key in x])
+    if len(x) == 1:
+        return y * at / x
+    slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
+    return np.interp(at, x, y) + np.maximum(at - x[-1], 0) * slope
 
 
 @dataclass
 class _Rate:
-    """What calls of so many texts have yielded of late. extra: (most + 1,), seconds of 0 … n positions for a text."""
+    """What calls of so many texts have yielded of late. times: seconds of a call whose texts spend 0 … most."""
 
     tokens: float
     seconds: float
-    plain: float
-    extra: np.ndarray
+    times: list[float]
+    num_texts: int
     num_calls: int = 0
     pause: int = 0
     next_pause: int = PAUSE
-    profile: Profile | None = None
     price: list[float] = field(default_factory=list)
+    profile: Profile | None = None
 
     @property
     def now(self) -> float:
         """Tokens a second."""
         return self.tokens / self.seconds
 
+    @property
+    def plain(self) -> float:
+        """Tokens a second of plain decoding."""
+        return self.num_texts / self.times[0]
+
 
 class MeasuredBudget:
     """As many positions as the time of a call on this machine makes worth it; none where drafting does not pay.
 
-    profile: the acceptance profile; what the calls themselves yield soon counts for more. most: positions of a text
-    that a call may spend at most.
+    profile: the acceptance profile of held-out windows. What decoding itself drafts soon counts for more: it drafts
+    where drafts failed before, which is where the text is hard to foresee. most: positions of a text that a call may
+    spend at most.
     """
 
     def __init__(self, profile: Profile, latency: Latency, most: int) -> None:
-        self.most, self._profile, self.latency = most, profile, latency
+        self.most, self.lead, self.latency = most, profile.lead, latency
+        self._survival = np.array(profile.survival)
+        self._windows = np.full(len(profile.survival), float(PRIOR_WINDOWS))
         self._rates: dict[int, _Rate] = {}
 
     def price(self, num_texts: int) -> Sequence[float]:
@@ -124,50 +150,52 @@ class MeasuredBudget:
         assert profile is not None
         return profile
 
-    def learn(self, num_texts: int, num_tokens: int, num_positions: int) -> None:
-        rate = self._rate(num_texts)
+    def learn(self, num_tokens: int, num_positions: int, confidences: Sequence[Sequence[float]]) -> None:
+        rate = self._rate(len(confidences))
         if rate.pause:
             rate.pause -= 1
             rate.num_calls = 0
             return
         fade = 1 - 1 / MEMORY
         rate.tokens = rate.tokens * fade + num_tokens
-        rate.seconds = rate.seconds * fade + float(self.latency(np.array(num_positions)))
+        rate.seconds = rate.seconds * fade + rate.times[min(num_positions, self.most)]
         rate.num_calls += 1
+        for window in confidences:
+            self._learn_survival(window)
         if rate.num_calls % PROBATION == 0:
             if rate.now < rate.plain:
                 rate.pause, rate.next_pause = rate.next_pause, 2 * rate.next_pause
                 # What comes after the pause is judged by itself.
-                rate.tokens, rate.seconds = PRIOR * num_texts, PRIOR * self._seconds(num_texts, 0)
+                rate.tokens, rate.seconds = PRIOR * rate.num_texts, PRIOR * rate.times[0]
             self._reprice(rate)
 
-    def _seconds(self, num_texts: int, positions: int) -> float:
-        return float(self.latency(np.array(num_texts * (1 + positions))))
+    def _learn_survival(self, confidences: Sequence[float]) -> None:
+        """Move the chances that so many drafts are all accepted towards those that a window claims."""
+        if confidences:
+            reached = np.fromiter(accumulate(confidences, mul), float)
+            windows = self._windows[: len(reached)]
+            windows += 1
+            self._survival[: len(reached)] += (reached - self._survival[: len(reached)]) / windows
 
     def _rate(self, num_texts: int) -> _Rate:
         """The rate so far; to begin with, what the profile promises of the best fixed budget."""
         if num_texts not in self._rates:
+            times = self.latency.of(num_texts, self.most)
             budgets = sorted({0, *np.linspace(2, self.most, 12).round().astype(int).tolist()})
             tokens = {
-                budget: num_texts * simulated_tokens_per_call(self._profile.survival, budget, self._profile.lead, 50)
+                budget: num_texts * simulated_tokens_per_call(self._survival.tolist(), budget, self.lead, 50)
                 for budget in budgets
             }
-            best = max(budgets, key=lambda budget: tokens[budget] / self._seconds(num_texts, budget))
-            times = self.latency(num_texts * (1 + np.arange(self.most + 1)))
-            rate = _Rate(
-                tokens=PRIOR * tokens[best],
-                seconds=PRIOR * self._seconds(num_texts, best),
-                plain=num_texts / self._seconds(num_texts, 0),
-                extra=(times - times[0]) / num_texts,
-                pause=0 if best else PAUSE,
-            )
+            best = max(budgets, key=lambda budget: tokens[budget] / times[budget])
+            rate = self._rates[num_texts] = _Rate(PRIOR * tokens[best], PRIOR * times[best], times, num_texts)
+            if rate.now < DOUBT * rate.plain:
+                rate.pause = PAUSE
             self._reprice(rate)
-            self._rates[num_texts] = rate
         return self._rates[num_texts]
 
     def _reprice(self, rate: _Rate) -> None:
-        rate.price = (rate.now * rate.extra).tolist()
+        rate.price = [rate.now * (seconds - rate.times[0]) / rate.num_texts for seconds in rate.times]
         # A draft that is proposed costs a position once more, when it is verified.
         verifying = rate.price[-1] / max(1, self.most)
-        net = tuple(max(0.0, chance - verifying) for chance in self._profile.survival)
-        rate.profile = Profile(net, self._profile.lead)
+        survival = np.minimum.accumulate(self._survival)
+        rate.profile = Profile(tuple(np.maximum(survival - verifying, 0).tolist()), self.lead)

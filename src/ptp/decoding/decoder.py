@@ -14,7 +14,7 @@ from transformers.generation import BaseStreamer
 
 from ptp.decoding.allocation import Profile
 from ptp.decoding.budget import FixedBudget, Latency, MeasuredBudget, Policy
-from ptp.decoding.latency import CONTEXT, kept_latency, measure_latency
+from ptp.decoding.latency import CALLS, CONTEXT, kept_latency, measure_latency
 from ptp.decoding.requests import Request, make_request
 from ptp.decoding.session import Session, Step, Text
 from ptp.errors import ConfigError
@@ -203,10 +203,13 @@ class Decoder:
         def measure() -> Latency:
             context = context_length(self.model.base_model.config) or 2 * CONTEXT
             prompt = [0] * max(1, min(CONTEXT, context // 2))
-            # Room for two windows and no more: eight texts of a long context would not fit beside a large model.
+            # Room for two windows and no more: many texts of a long context would not fit beside a large model.
             room = min(2 * self.model.ptp_config.window + 2, context - len(prompt))
-            request = make_request(self.model.base_model, prompt, room, seed=0, end_token_ids=[])
-            return measure_latency(self._session, request, profile)
+            requests = [
+                make_request(self.model.base_model, prompt, room, seed=0, sequence=number, end_token_ids=[])
+                for number in range(max(CALLS))
+            ]
+            return measure_latency(self._session, requests, profile)
 
         return MeasuredBudget(profile, kept_latency(self.model, self.layers is not None, measure), MOST_POSITIONS)
 

@@ -9,8 +9,8 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,11 +26,15 @@ from ptp.model.ptp_model import PTPModel
 
 logger = logging.getLogger(__name__)
 
-CALLS = ((1, (0, 2, 4, 8, 12, 16, 24, 32, 48, 64)), (8, (8, 24, 64)))
-"""What is measured: texts of a call, and positions that each may spend."""
+CALLS = {1: (0, 2, 4, 8, 12, 16, 24, 40, 64), 4: (0, 4, 12, 32), 16: (0, 4, 16)}
+"""What is measured: positions that a text may spend, by the number of texts in a call."""
 
-ROUNDS, SECONDS = 9, 6.0
-"""Calls of each kind, the median of which counts, and the time after which no further round begins."""
+STRETCH = 5
+"""Calls of a kind in succession, as in decoding; the first finds the processor as another kind left it, and does not
+count."""
+
+ROUNDS, SECONDS = 5, 6.0
+"""Stretches of each kind, the median of whose calls counts, and the time after which no further round begins."""
 
 LONGEST = 0.5
 """Seconds of a call beyond which larger ones are not tried: a call that long grows in proportion to its positions."""
@@ -40,72 +44,101 @@ CONTEXT = 128
 
 
 class _Meter(FixedBudget):
-    """A budget of which every call spends as much as it is told to, and that notes how many positions it had."""
+    """A budget of which every call spends as much as it is told to, and that notes how many positions that were."""
 
-    budget = num_positions = 0
+    budget, num_positions = 0, -1
 
     def price(self, num_texts: int) -> Sequence[float]:
         return fixed(self.budget)
 
-    def learn(self, num_texts: int, num_tokens: int, num_positions: int) -> None:
+    def learn(self, num_tokens: int, num_positions: int, confidences: Sequence[Sequence[float]]) -> None:
         self.num_positions = num_positions
 
 
-def measure_latency(make_session: Callable[[Policy, int], Session], request: Request, profile: Profile) -> Latency:
-    """Time calls of sessions, the whole of each step, in rounds.
+@dataclass
+class _Kind:
+    """Calls alike, as they were measured."""
 
-    make_session: of a policy and a number of slots. request: of a prompt, with room for two windows.
+    num_texts: int
+    budget: int
+    positions: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def measure_latency(
+    make_session: Callable[[Policy, int], Session], requests: Sequence[Request], profile: Profile
+) -> Latency:
+    """Time the calls of decoding, the whole of each step, by what they spend; all kinds take turns.
+
+    make_session: of a policy and a number of slots. requests: texts to write, as many as there are in a call and with
+    room for a stretch of calls.
     """
     started = time.perf_counter()
-    times: dict[int, list[float]] = {}
-    too_long: set[tuple[int, int]] = set()
-    most = max(budget for _, budgets in CALLS for budget in budgets)
     # Drafts are so likely to be right that there is always something to spend on.
     profile = Profile(tuple(0.9**k for k in range(1, len(profile.survival) + 1)), profile.lead)
-    sessions = {num_texts: make_session(_Meter(profile, most), num_texts) for num_texts, _ in CALLS}
+    most = max(max(budgets) for budgets in CALLS.values())
+    sessions = {num_texts: make_session(_Meter(profile, most), num_texts) for num_texts in CALLS}
+    kinds = [_Kind(num_texts, budget) for num_texts, budgets in CALLS.items() for budget in budgets]
     for number in range(ROUNDS + 1):
-        for num_texts, budgets in CALLS:
-            for budget in budgets:
-                if any(num_texts * budget > texts * spent for texts, spent in too_long):
-                    continue
-                positions, seconds = _timed_step(sessions[num_texts], request, budget, len(profile.survival))
-                if number:
-                    times.setdefault(positions, []).append(seconds)
-                elif seconds > LONGEST and budget:
-                    too_long.add((num_texts, budget))
+        for kind in kinds:
+            _measure_stretch(sessions[kind.num_texts], requests, kind)
+            if number == 0 and kind.budget and kind.seconds[-1] > LONGEST:
+                size = kind.num_texts * kind.budget
+                kinds = [other for other in kinds if other.num_texts * other.budget <= size]
+            if number == 0:
+                kind.positions, kind.seconds = [], []  # what runs for the first time is slow
         if number > 1 and time.perf_counter() - started > SECONDS:
             break
-    found = {positions: statistics.median(values) for positions, values in sorted(times.items())}
-    return Latency(tuple(found), tuple(found.values()))
+    return Latency({n: _curve(kind for kind in kinds if kind.num_texts == n) for n in CALLS})
 
 
-def _timed_step(session: Session, request: Request, budget: int, num_drafts: int) -> tuple[int, float]:
-    """Positions and seconds of one step, in which every slot's text has drafts at hand and spends the budget."""
+def _curve(kinds: Iterable[_Kind]) -> dict[int, float]:
+    """Seconds by positions; short windows make calls alike whatever they may spend."""
+    found: dict[int, list[float]] = {}
+    for kind in kinds:
+        found.setdefault(statistics.median_low(kind.positions), []).extend(kind.seconds)
+    return {positions: statistics.median(seconds) for positions, seconds in found.items()}
+
+
+def _measure_stretch(session: Session, requests: Sequence[Request], kind: _Kind) -> None:
+    """Add calls of a kind to it, a stretch of them or as many as do not take too long."""
     meter = session.policy
     assert isinstance(meter, _Meter)
-    meter.budget = budget
-    while not session.is_full:
-        text = session.enter(request)
-        text.drafts = [0] * min(num_drafts, budget // 4)
-        text.confidences = [0.9] * len(text.drafts)
-    begun = time.perf_counter()
-    session.step()
-    seconds = time.perf_counter() - begun
+    meter.budget = kind.budget
+    _begin(session, requests[: kind.num_texts])
+    for number in range(STRETCH):
+        if not session.is_full:
+            _begin(session, requests[: kind.num_texts])
+        begun = time.perf_counter()
+        session.step()
+        seconds = time.perf_counter() - begun
+        if number or seconds > LONGEST:
+            kind.positions.append(meter.num_positions)
+            kind.seconds.append(seconds)
+        if seconds > LONGEST:
+            break
+
+
+def _begin(session: Session, requests: Sequence[Request]) -> None:
+    """Begin all texts anew, and read their prompts."""
     for text in session.texts:
         session.leave(text)
-    return meter.num_positions, seconds
+    for request in requests:
+        session.enter(request)
+    session.step()
 
 
 def kept_latency(model: PTPModel, compiled: bool, measure: Callable[[], Latency]) -> Latency:
     """The latency of a model's calls on this machine, from the user's cache directory or measured and kept there."""
     path = _cache_directory() / f"{_key(model, compiled)}.json"
     try:
-        return Latency(**{name: tuple(values) for name, values in json.loads(path.read_text()).items()})
+        found = json.loads(path.read_text())
+        return Latency({int(n): {int(x): float(y) for x, y in curve.items()} for n, curve in found.items()})
     except (OSError, ValueError, TypeError, AttributeError):
         pass
     latency = measure()
     try:
-        write_atomically(path, json.dumps(asdict(latency)).encode())
+        write_atomically(path, json.dumps(latency.seconds).encode())
     except DataError as error:
         logger.warning("the time of calls will be measured again: %s", error)
     return latency

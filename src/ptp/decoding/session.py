@@ -181,15 +181,7 @@ class Session:
         """One call for all texts, each of which gets at least one token; those that are finished leave."""
         self._close_gaps()
         texts = self.texts
-        lead = self.model.ptp_config.lead
-        price, profile = self.policy.price(len(texts)), self.policy.profile(len(texts))
-        layouts = []
-        for text in texts:
-            own_price = price if text.request.budget is None else price[: text.request.budget + 1]
-            plan = allocate(text.confidences, profile, own_price, text.num_remaining)
-            text.drafts = text.drafts[: plan.num_drafts]
-            widths = tuple(width + lead if width else 0 for width in plan.widths)
-            layouts.append(RowLayout(len(text.tokens) - text.num_cached, plan.num_drafts, widths))
+        layouts = self._layouts(texts)
         plain = self.layers is None and _is_plain(layouts)
         outcomes = [self._call_plainly(texts[0])] if plain else self._call(texts, layouts)
         steps = []
@@ -212,9 +204,27 @@ class Session:
                 self.leave(text)
         # Calls that read prompts, or that drafted less than the policy would have, say nothing of its choices.
         if all(layout.num_pending == 1 for layout in layouts) and all(text.request.budget is None for text in texts):
-            num_positions = len(texts) * CallShape.of(layouts).num_positions
-            self.policy.learn(len(texts), sum(len(step.token_ids) for _, step in steps), num_positions)
+            num_tokens = sum(len(step.token_ids) for _, step in steps)
+            confidences = [outcome.confidences for outcome in outcomes]
+            self.policy.learn(num_tokens, CallShape.of(layouts).num_positions - 1, confidences)
         return steps
+
+    def _layouts(self, texts: Sequence[Text]) -> list[RowLayout]:
+        """What each text verifies and drafts in the next call; drafts that are not verified are dropped."""
+        price, lead = self.policy.price(len(texts)), self.model.ptp_config.lead
+        if len(price) == 1:
+            for text in texts:
+                text.drafts, text.confidences = [], []
+            return [RowLayout(len(text.tokens) - text.num_cached, 0, (0,)) for text in texts]
+        profile = self.policy.profile(len(texts))
+        layouts = []
+        for text in texts:
+            own_price = price if text.request.budget is None else price[: text.request.budget + 1]
+            plan = allocate(text.confidences, profile, own_price, text.num_remaining)
+            text.drafts = text.drafts[: plan.num_drafts]
+            widths = tuple(width + lead if width else 0 for width in plan.widths)
+            layouts.append(RowLayout(len(text.tokens) - text.num_cached, plan.num_drafts, widths))
+        return layouts
 
     def _close_gaps(self) -> None:
         """Move texts so that they stand in the first slots: a call takes neighbouring ones."""

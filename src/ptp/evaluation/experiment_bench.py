@@ -23,6 +23,7 @@ from ptp.evaluation.prompts import Question, prompt_ids, read_questions, spread_
 from ptp.evaluation.verify import compare
 from ptp.experiment import Experiment, versions
 from ptp.layer_kinds import context_length
+from ptp.model.adapter import find_adapter, weights_hash
 from ptp.model.loading import load_base_model
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
@@ -41,9 +42,9 @@ MEASURED = "questions measured"
 class Bench:
     """What was measured, how, and where (docs/formats.md).
 
-    prompts: the file, or null for held-out prompts. num_left_out: prompts that leave no room for max_new_tokens.
-    num_prompts: prompts measured, each turn of a question counted; of these PTP wrote as verdicts says (`compare`).
-    results: figures by task and method, over all tasks first.
+    adapter: its `weights_hash`. prompts: the file, or null for held-out prompts. num_left_out: prompts that leave no
+    room for max_new_tokens. num_prompts: prompts measured, each turn of a question counted; of these PTP wrote as
+    verdicts says (`compare`). results: figures by task and method, over all tasks first.
     """
 
     date: str
@@ -52,6 +53,7 @@ class Bench:
     versions: dict[str, str]
     num_threads: int
     base_model: str
+    adapter: str
     assistant: str | None
     dtype: str
     sampling: dict[str, Any]
@@ -136,6 +138,7 @@ def bench_experiment(
         versions=versions(),
         num_threads=num_threads,
         base_model=experiment.base_model,
+        adapter=weights_hash(find_adapter(experiment.directory)),
         assistant=assistant,
         dtype=str(plain_model.dtype).removeprefix("torch."),
         sampling=decoder.rule.model_dump(mode="json"),

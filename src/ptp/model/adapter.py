@@ -1,8 +1,9 @@
 """Adapter directories: what training writes and decoding loads (METHOD §2; docs/formats.md).
 
-adapter_config.json         PEFT's LoRA configuration
+adapter_config.json         PEFT's LoRA configuration, with its gate (aLoRA)
 adapter_model.safetensors   LoRA weights under PEFT's names
 auxiliary.safetensors       the embedding of u
+custom_generate/            the code by which transformers' `generate` decodes with the adapter
 ptp_config.json             our settings: PTPConfig, sampling rule, acceptance profile, calibration of confidences, base
                             model and its hash
 """
@@ -27,7 +28,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ptp.calibration import Calibration
 from ptp.config import PTPConfig
 from ptp.errors import AdapterError
+from ptp.files import write_atomically
 from ptp.model.gated_lora import GatedLoRA, lora_layers
+from ptp.model.hub import download, is_hub_id
 from ptp.model.loading import is_packed
 from ptp.records import Record
 from ptp.sampling import SamplingRule
@@ -35,6 +38,16 @@ from ptp.sampling import SamplingRule
 SETTINGS = "ptp_config.json"
 LORA_WEIGHTS = "adapter_model.safetensors"
 AUXILIARY_WEIGHTS = "auxiliary.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+FILES = (PEFT_CONFIG, LORA_WEIGHTS, AUXILIARY_WEIGHTS, SETTINGS)
+"""All that decoding needs of an adapter."""
+
+CODE = ("custom_generate/generate.py", "custom_generate/requirements.txt")
+"""Beside them, what transformers' `generate` runs."""
+
+NO_TOKEN = -1
+"""What would open the gate in PEFT by itself, were it in a text: it is opened by `alora_offsets` alone."""
+
 FINGERPRINT_SAMPLES = 512
 
 
@@ -74,15 +87,27 @@ def fingerprint(base_model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def find_adapter(directory: str | Path) -> Path:
-    """The adapter in an adapter directory or an experiment directory. Raises `AdapterError` when there is none."""
-    directory = Path(directory)
+def find_adapter(directory: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Path:
+    """The adapter in an adapter directory or an experiment directory, or the files of a hub id in the hub's cache.
+
+    revision, token: the hub's. Raises `AdapterError` when there is none.
+    """
+    name, directory = Path(directory).as_posix(), Path(directory)
+    # Below a directory that is there, a name that is not is a slip, and nobody else's adapter is meant.
+    if not directory.parent.exists() and is_hub_id(name):
+        directory = download(name, FILES, revision, token)
     for candidate in (directory, directory / "adapter"):
         if (candidate / SETTINGS).is_file():
             return candidate
     if not directory.is_dir():
         raise AdapterError(f"no such directory: {directory}; expected an experiment or adapter directory")
-    raise AdapterError(f"{directory} holds no adapter ({SETTINGS} or adapter/{SETTINGS}); train one with ptp_train")
+    if (directory / PEFT_CONFIG).is_file():
+        raise AdapterError(
+            f"{name} is an adapter of PEFT without {SETTINGS}, which holds window, variant and sampling rule: wrap its "
+            f"base model in PTPModel(base_model, PTPConfig(lora_rank=..., window=...)), read it by load_adapter "
+            f"({AUXILIARY_WEIGHTS} beside it holds the embedding of u) and write all by save_pretrained"
+        )
+    raise AdapterError(f"{name} holds no adapter ({SETTINGS} or adapter/{SETTINGS}); train one with ptp_train")
 
 
 def read_settings(adapter: Path) -> AdapterSettings:
@@ -126,17 +151,62 @@ def save_adapter(
         lora_alpha=settings.config.lora_alpha,  # type: ignore[arg-type] # PEFT only divides it by r
         target_modules=sorted(lora_layers(base_model)),
         task_type="CAUSAL_LM",
+        alora_invocation_tokens=[NO_TOKEN],
         base_model_name_or_path=settings.base_model,
         inference_mode=True,
     )
     lora.save_pretrained(str(directory))
+    write_code(directory)
     write_settings(directory, settings)
 
 
-def load_weights(directory: Path, base_model: nn.Module, auxiliary: nn.Module) -> None:
+def load_weights(directory: Path, base_model: nn.Module, auxiliary: nn.Module, config: PTPConfig) -> None:
     """Fill gated layers and embedding from an adapter directory; every key must match in name and shape."""
+    check_peft_config(directory, config)
     fill(directory / LORA_WEIGHTS, _lora_weights(base_model))
     fill(directory / AUXILIARY_WEIGHTS, dict(auxiliary.named_parameters()))
+
+
+def write_code(directory: Path) -> None:
+    """What lets transformers' `generate` decode with the adapter in a directory."""
+    for name in CODE:
+        write_atomically(directory / name, (Path(__file__).parent / name).read_bytes())
+
+
+def check_peft_config(directory: Path, config: PTPConfig) -> None:
+    """Raises `AdapterError` if adapter_config.json, where there is one, means another update than scale · B·A.
+
+    Names and shapes of weights would not tell: PEFT's rsLoRA, for one, scales by another power of the rank.
+    """
+    path = directory / PEFT_CONFIG
+    if not path.is_file():
+        return
+    try:
+        lora = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise AdapterError(f"{path} is corrupt ({error}); restore it, or save the adapter again") from None
+    unlike = [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if lora.get(name)]
+    if unlike:
+        raise AdapterError(f"{path}: {unlike[0]}={lora[unlike[0]]} is not supported; train a plain LoRA")
+    if lora.get("lora_alpha", config.lora_alpha) != config.lora_alpha:
+        raise AdapterError(
+            f"{path} says lora_alpha={lora['lora_alpha']}, the PTPConfig {config.lora_alpha:g}; make them the same"
+        )
+
+
+def weights_hash(adapter: Path) -> str:
+    """A hash of an adapter's weights, as they are stored."""
+    digest = hashlib.sha256()
+    for name in (LORA_WEIGHTS, AUXILIARY_WEIGHTS):
+        with (adapter / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def adapter_parameters(base_model: nn.Module, auxiliary: nn.Module) -> list[nn.Parameter]:
+    """What an adapter adds to a base model."""
+    layers = lora_layers(base_model).values()
+    return [weight for layer in layers for weight in (layer.lora_A, layer.lora_B)] + list(auxiliary.parameters())
 
 
 def write_settings(directory: Path, settings: AdapterSettings) -> None:

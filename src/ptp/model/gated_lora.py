@@ -8,7 +8,7 @@ and with the gate shut (`start is None`) a layer is exactly its base layer, bit 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,12 +49,14 @@ class Joined:
     """A gated layer laid out for decoding, in the dtype of the base weight.
 
     weight: (out + rank, in), the base's above lora_A. bias: (out + rank,), zero for lora_A. up: (rank, out), lora_B
-    transposed and scaled.
+    transposed and scaled. base: (out, in), base_bias: (out,), the base's alone.
     """
 
     weight: Tensor
     bias: Tensor | None
     up: Tensor
+    base: Tensor
+    base_bias: Tensor | None
 
 
 class GatedLoRA(nn.Module):
@@ -85,18 +87,31 @@ class GatedLoRA(nn.Module):
         base, dtype = self.base, self.base.weight.dtype
         weight = torch.cat([base.weight, self.lora_A.to(dtype)])
         base.weight.data = weight[: base.out_features]
-        bias = None if base.bias is None else torch.cat([base.bias, base.bias.new_zeros(len(self.lora_A))])
+        bias = None
+        if base.bias is not None:
+            bias = torch.cat([base.bias, base.bias.new_zeros(len(self.lora_A))])
+            base.bias.data = bias[: base.out_features]
         up = (self.scale * self.lora_B).to(dtype).t().contiguous()
-        self.joined = Joined(weight, bias, up)
+        self.joined = Joined(weight, bias, up, base.weight.data, None if base.bias is None else base.bias.data)
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether the base's weights no longer lie where they were joined: moved, or joined by another adapter."""
+        joined, base = self.joined, self.base
+        if joined is None:
+            return False
+        moved = joined.base.data_ptr() != base.weight.data_ptr()
+        return moved or (joined.base_bias is not None and joined.base_bias.data_ptr() != base.bias.data_ptr())
 
     def forward(self, x: Tensor) -> Tensor:
-        start = self.gate.start
+        start, joined = self.gate.start, self.joined
         if start is None:
-            return self.base(x)
+            # Without the detour over a module: a small model of many layers spends its time between operations.
+            return self.base(x) if joined is None else nn.functional.linear(x, joined.base, joined.base_bias)
         if start > 0 and x.dim() == 2:
             assert self.gate.length is not None, "the length of the call is not known"
             return self(x.unflatten(0, (-1, self.gate.length))).flatten(0, 1)
-        if start > 0 and (joined := self.joined) is not None:
+        if start > 0 and joined is not None:
             both = nn.functional.linear(x, joined.weight, joined.bias)
             size = joined.up.shape[1]
             _add_update(both[:, start:, :size], both[:, start:, size:], joined.up)
@@ -165,3 +180,15 @@ def add_gated_lora(
 def lora_layers(model: nn.Module) -> dict[str, GatedLoRA]:
     """All gated layers by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, GatedLoRA)}
+
+
+@contextmanager
+def installed(model: nn.Module, layers: Mapping[str, GatedLoRA]) -> Iterator[None]:
+    """A model with gated layers in their places, by name, inside the block; outside it has its own again."""
+    try:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+        yield
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer.base)

@@ -30,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def load_base_model(name: str, dtype: str | torch.dtype = "auto", on_gpu: bool = True) -> PreTrainedModel:
     """Any causal LM by hub id or local path, on the GPU if there is one and `on_gpu`. dtype: see `to_dtype`."""
     with _loading("base model", name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto", trust_remote_code=False)
     # Of several processes on a machine, each has its own GPU.
     device = f"cuda:{local_rank()}" if on_gpu and torch.cuda.is_available() else "cpu"
     to_dtype(model, dtype)
@@ -75,7 +75,7 @@ def is_quantized(model: nn.Module) -> bool:
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a base model."""
     with _loading("tokenizer of", name):
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -86,7 +86,7 @@ def vocabulary_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def load_config(name: str) -> PreTrainedConfig:
     """The configuration of a base model, without its weights."""
     with _loading("base model", name):
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
 
 
 def load_end_tokens(name: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -112,5 +112,10 @@ def _loading(what: str, name: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"the {what} '{name}' needs Python code of its own, which is not run from here; if you trust it, load "
+                "the model in Python with trust_remote_code=True and wrap it there (PTPModel)"
+            ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"cannot load the {what} '{name}': {reason}") from error

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self, cast
 
 import torch
@@ -23,6 +24,7 @@ from ptp.errors import AdapterError
 from ptp.layer_kinds import context_length
 from ptp.model.adapter import (
     AdapterSettings,
+    adapter_parameters,
     find_adapter,
     fingerprint,
     load_weights,
@@ -30,14 +32,17 @@ from ptp.model.adapter import (
     refer_to_base_model,
     resolve_base_model,
     save_adapter,
+    weights_hash,
 )
 from ptp.model.architectures import check_architecture, check_calls
 from ptp.model.auxiliary import make_auxiliary_embedding
 from ptp.model.checkpointing import checkpointed
 from ptp.model.gated_lora import Gate, add_gated_lora
 from ptp.model.head import layers_of, project
-from ptp.model.loading import cast_parameters, load_base_model, to_dtype
+from ptp.model.hub import upload
+from ptp.model.loading import load_base_model, to_dtype
 from ptp.model.masks import context_mask, window_mask
+from ptp.model.repository import write_repository
 from ptp.sampling import SamplingRule, inside, row_intervals, token_intervals
 
 
@@ -88,17 +93,24 @@ class PTPModel(nn.Module):
         self.rule: SamplingRule | None = None
         self.survival: tuple[float, ...] = tuple(0.5**k for k in range(1, self.ptp_config.num_drafts + 1))
         self.calibration = Calibration()
+        self.source: Path | None = None
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, base_model: PreTrainedModel | None = None, dtype: str | torch.dtype = "auto"
+        cls,
+        directory: str | Path,
+        base_model: PreTrainedModel | None = None,
+        dtype: str | torch.dtype = "auto",
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> PTPModel:
-        """Load an adapter or experiment directory, with the base model it names unless one is given.
+        """Load an adapter or experiment directory, or an adapter's hub id, with the base model it names or a given one.
 
-        The adapter takes the base model's dtype. Raises `AdapterError` if the directory holds no valid adapter or it
-        was made for another base model.
+        The adapter takes the base model's dtype. revision, token: the hub's. Raises `AdapterError` if there is no valid
+        adapter or it was made for another base model.
         """
-        adapter = find_adapter(directory)
+        adapter = find_adapter(directory, revision=revision, token=token)
         settings = read_settings(adapter)
         check_decodable(settings.config)
         given = base_model is not None
@@ -115,7 +127,10 @@ class PTPModel(nn.Module):
         model.load_adapter(adapter)
         model.rule, model.survival, model.calibration = settings.rule, settings.survival, settings.calibration
         model.base_fingerprint = found
-        cast_parameters(model, model.dtype)
+        # Not the base model's own, of which some stay in float32 in models of half precision.
+        for parameter in adapter_parameters(model.base_model, model.auxiliary):
+            parameter.data = parameter.data.to(model.dtype)
+        model.source = adapter
         return model.eval()
 
     def prepare_weights(self) -> None:
@@ -132,12 +147,32 @@ class PTPModel(nn.Module):
 
     def load_adapter(self, adapter: Path) -> None:
         """Fill LoRA and auxiliary embedding from an adapter directory; every key and shape must match."""
-        load_weights(adapter, self.base_model, self.auxiliary)
+        load_weights(adapter, self.base_model, self.auxiliary, self.ptp_config)
 
     def save_pretrained(self, directory: str | Path, is_main_process: bool = True) -> None:
         """Write an adapter directory (see `ptp.model.adapter`); of several processes, the main one does."""
         directory = Path(directory)
         save_adapter(directory, self.base_model, self.auxiliary, self.settings(directory), is_main_process)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+    ) -> str:
+        """Put the adapter into a repository of the hub, with a model card; returns the commit's address.
+
+        The card shows what was measured of these very weights where they were loaded from, and nothing else.
+        base_model: the base model's hub id, needed if it was loaded from a path. Raises `AdapterError`.
+        """
+        with TemporaryDirectory() as temporary:
+            saved, folder = Path(temporary) / "adapter", Path(temporary) / "repository"
+            self.save_pretrained(saved)
+            unchanged = self.source is not None and weights_hash(self.source) == weights_hash(saved)
+            write_repository(cast(Path, self.source) if unchanged else saved, folder, repo_id, base_model)
+            return upload(folder, repo_id, private, token)
 
     def settings(self, directory: Path) -> AdapterSettings:
         """What ptp_config.json says of this model in an adapter directory."""

@@ -70,6 +70,7 @@ def pregenerate(
     """
     settings = experiment.config.pregenerate
     check_distils(experiment)
+    experiment.check_inside("completions")
     prepared = fitting_prompts(experiment, progress)
     left_out = Counter(prepared.left_out)
     open_sampler = _endpoint if settings.engine else _base_model
@@ -135,6 +136,7 @@ def import_completions(experiment: Experiment, file: Path) -> Pregenerated:
     A completion is taken to be whole: the end token is added to it. Intervals are computed in training.
     """
     check_distils(experiment)
+    experiment.check_inside("completions")
     if any(experiment.completions.glob("shard-*")):
         raise DataError(f"{experiment.completions} already holds completions; remove it, or set up another experiment")
     settings, source = experiment.config.pregenerate, load_source(str(file))

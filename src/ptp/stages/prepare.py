@@ -82,6 +82,7 @@ def prepare(experiment: Experiment, progress: Progress = unheard) -> Prepared:
     fingerprint = _fingerprint(source, preparation)
     directory = experiment.cache / fingerprint[:16]
     if not directory.exists():
+        experiment.check_inside("cache")
         _write(directory, preparation, source, progress)
     try:
         left_out = Counter(json.loads((directory / LEFT_OUT).read_text(encoding="utf-8")))

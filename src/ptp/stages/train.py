@@ -109,6 +109,7 @@ def train(
     """Train the adapter, or all weights, from the last complete checkpoint if there is one."""
     settings, rule = experiment.config.train, experiment.config.sampling
     check_trackers(settings.report_to)
+    experiment.check_inside("checkpoints", "adapter", "tensorboard")
     data = training_data(experiment, progress)
     if experiment.config.model.trains_all and not settings.inverse and not data.training.has_intervals:
         raise ConfigError(

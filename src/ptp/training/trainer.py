@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, cast
 
 import psutil
@@ -109,7 +110,7 @@ class PTPTrainer(Trainer):
         """As the Trainer's. SIGTERM and Ctrl-C save a checkpoint, then raise `Terminated` and `KeyboardInterrupt`.
 
         Raises `ConfigError` where memory does not suffice or the loss is no number, `DataError` where a checkpoint or a
-        tracker's file cannot be written.
+        tracker's file cannot be written, or a checkpoint holds what is not loaded.
         """
         if self.args.should_save:
             remove_incomplete_checkpoints(self.output_dir)
@@ -121,6 +122,12 @@ class PTPTrainer(Trainer):
             raise DataError(
                 f"training stopped ({error}): {kept(self.output_dir)}; mend that and run the same command again"
             ) from error
+        except UnpicklingError:
+            # torch's message would have the file loaded all the same.
+            raise DataError(
+                f"the last checkpoint in {self.output_dir} is damaged, or holds more than numbers, which could run "
+                "code and is not loaded; remove it and run the same command again"
+            ) from None
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise ConfigError(out_of_memory(self.config, self.output_dir)) from error
@@ -331,6 +338,8 @@ def _arguments(
     layers: list[str],
 ) -> TrainingArguments:
     shares = config.fsdp and world_size() > 1
+    # A sharded state is read back by unpickling, a full one with weights_only.
+    sharing = {"version": 2, "transformer_layer_cls_to_wrap": layers, "state_dict_type": "FULL_STATE_DICT"}
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=num_steps,
@@ -359,7 +368,7 @@ def _arguments(
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
         fsdp=cast(Any, shares),  # the annotation is that of the command line's argument
-        fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": layers} if shares else None,
+        fsdp_config=sharing if shares else None,
         report_to=list(config.report_to),
         disable_tqdm=True,
     )
