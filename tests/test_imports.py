@@ -6,7 +6,10 @@ import pytest
 
 import ptp
 
-HEAVY = {"datasets", "fastapi", "openai", "questionary", "tensorboard", "uvicorn", "ptp.cli.questions"}
+HEAVY = {
+    *("datasets", "fastapi", "openai", "prompt_toolkit", "questionary", "tensorboard", "uvicorn"),
+    *("ptp.cli.questions", "ptp.cli.chat"),
+}
 """Needed by few commands, and slow to import: they are imported where they are used."""
 
 SOURCE = Path(ptp.__file__).parent
@@ -30,6 +33,7 @@ ALLOWED = {
     "model": FOUNDATION | {"model"},
     "training": FOUNDATION | {"training", "data", "model"},
     "decoding": FOUNDATION | {"decoding", "model"},
+    "chat": FOUNDATION | {"chat", "data", "model", "decoding", "evaluation", "server"},
 }
 
 

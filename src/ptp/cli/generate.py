@@ -1,4 +1,4 @@
-"""`ptp generate DIR --prompt TEXT`: write a text, several tokens per call."""
+"""`ptp generate DIR`: a chat on a terminal, or the answer to one prompt, several tokens per call."""
 
 from __future__ import annotations
 
@@ -12,14 +12,26 @@ import typer
 from ptp.cli.common import BudgetOption, console, run
 from ptp.errors import DecodingError
 
+COMPLETION_TOKENS, ANSWER_TOKENS = 128, 1024
+"""Most tokens to write unless told: a text may go on for ever, an answer ends by itself."""
+
 
 def command(
     directory: Annotated[Path, typer.Argument(help="Experiment or adapter directory.")],
     prompt: Annotated[
-        Optional[str], typer.Option(help="Text to complete (default: standard input).", show_default=False)
+        Optional[str],
+        typer.Option(
+            help="Text to answer; left out on a terminal, a chat (default: standard input).", show_default=False
+        ),
     ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Complete the text as it is, without the model's chat template.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Names the stream of u: same seed, same text.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 128,
+    max_new_tokens: Annotated[
+        Optional[int],
+        typer.Option(help=f"Most tokens to write (default: {ANSWER_TOKENS}; {COMPLETION_TOKENS} without a template)."),
+    ] = None,
     min_new_tokens: Annotated[int, typer.Option(help="Tokens before which no end token is written.")] = 0,
     stop: Annotated[
         Optional[list[str]], typer.Option(help="End with the token that completes this text; may be repeated.")
@@ -35,42 +47,68 @@ def command(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's own.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with tokens, u and counts.")] = False,
 ) -> None:
-    """Complete a prompt; only verified text is printed, on a terminal as it comes."""
-    from transformers import GenerationConfig, TextStreamer
+    """Chat on a terminal, or answer one prompt; only verified text is shown.
 
+    A prompt is a user's turn in the model's chat template; without a template, or with --raw, a text to complete.
+    """
+    from transformers import TextStreamer
+
+    from ptp.chat.prompts import prompt_ids as chat_prompt_ids
+    from ptp.chat.prompts import user
+    from ptp.chat.settings import Settings
     from ptp.decoding.decoder import Decoder
-    from ptp.decoding.options import request_from
+    from ptp.decoding.threads import decoding_threads
     from ptp.model.adapter import find_adapter, read_settings, resolve_base_model
     from ptp.model.loading import load_tokenizer
     from ptp.model.ptp_model import PTPModel
     from ptp.sampling import SamplingRule
 
     adapter = find_adapter(directory)
-    settings = read_settings(adapter)
-    trained_rule = settings.rule or SamplingRule()
+    stored = read_settings(adapter)
     changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    rule = SamplingRule(**{**trained_rule.model_dump(), **{k: v for k, v in changes.items() if v is not None}})
-    options = {"min_new_tokens": min_new_tokens, "repetition_penalty": repetition_penalty, "stop_strings": stop or []}
-    if prompt is None:
+    given = {name: value for name, value in changes.items() if value is not None}
+    rule = SamplingRule(**{**dict(stored.rule or SamplingRule()), **given})
+    on_terminal = sys.stdout.isatty() and not as_json
+    if prompt is None and not (sys.stdin.isatty() and on_terminal):
         if sys.stdin.isatty():
             raise DecodingError("no prompt: give --prompt TEXT, or a text on standard input")
         prompt = sys.stdin.read()
-    if not prompt:
+    if prompt == "":
         raise DecodingError("the prompt is empty; give some text to complete")
-    base_model = resolve_base_model(adapter, settings.base_model)
+    base_model = resolve_base_model(adapter, stored.base_model)
     tokenizer = load_tokenizer(base_model)
+    templated = bool(tokenizer.chat_template) and not raw
+    if max_new_tokens is None:
+        max_new_tokens = ANSWER_TOKENS if templated else COMPLETION_TOKENS
+    settings = Settings(
+        rule=rule,
+        repetition_penalty=repetition_penalty,
+        min_new_tokens=min_new_tokens,
+        max_new_tokens=max_new_tokens,
+        stop=tuple(stop or ()),
+        seed=seed,
+        budget=budget,
+    )
+    if prompt is None:
+        from ptp.chat.chat import Chat
+        from ptp.cli.chat import converse
+
+        with console.status(f"loading {directory}"):
+            model = PTPModel.from_pretrained(adapter, dtype=dtype)
+        with decoding_threads(model.base_model.num_parameters()):
+            with console.status("getting ready"):
+                chat = Chat(model, tokenizer, settings, templated)
+            converse(chat, f"{Path(base_model).name} with the adapter in {directory}")
+        return
     model = PTPModel.from_pretrained(adapter, dtype=dtype)
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    config = GenerationConfig(**options)
-    # Not among them: a configuration refuses a length in words of its own.
-    config.max_new_tokens = max_new_tokens
-    request = request_from(config, model.base_model, rule, prompt_ids, seed=seed, tokenizer=tokenizer)
-    streams = sys.stdout.isatty() and not as_json
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if streams else None
-    out = Decoder(model, rule, budget).answer(request, streamer)
+    prompt_ids = chat_prompt_ids(tokenizer, [user(prompt)]) if templated else list(tokenizer(prompt)["input_ids"])
+    request = settings.request(model.base_model, tokenizer, prompt_ids)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if on_terminal else None
+    with decoding_threads(model.base_model.num_parameters()):
+        out = Decoder(model, rule, budget).answer(request, streamer)
     text = tokenizer.decode(out.token_ids, skip_special_tokens=True)
     if not as_json:
-        if not streams:
+        if not on_terminal:
             print(text)
         console.print(
             f"{len(out.token_ids)} tokens, {out.num_calls} calls, {out.tokens_per_call:.2f} tokens per call",
@@ -87,7 +125,11 @@ def command(
         "num_accepted_tokens": out.num_accepted_tokens,
         "tokens_per_call": out.tokens_per_call,
         "sampling": rule.model_dump(mode="json"),
-        "options": options,
+        "options": {
+            "min_new_tokens": min_new_tokens,
+            "repetition_penalty": repetition_penalty,
+            "stop_strings": stop or [],
+        },
         "seed": seed,
         "base_model": base_model,
         "dtype": str(model.dtype).removeprefix("torch."),

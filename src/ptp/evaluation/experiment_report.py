@@ -7,7 +7,6 @@ import os
 import platform
 import statistics
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -16,6 +15,7 @@ import transformers
 
 from ptp.decoding.acceptance import simulated_tokens_per_call
 from ptp.decoding.decoder import Decoder
+from ptp.decoding.threads import decoding_threads
 from ptp.evaluation.report import Report, Sample, Speed, pieces
 from ptp.evaluation.verify import Verification, verify
 from ptp.experiment import FILES, Experiment
@@ -26,10 +26,6 @@ from ptp.stages.train import read_training_result, validation_prompts
 from ptp.training.curves import BY_INDEX, Curve
 
 DECODED = "prompts decoded both ways"
-
-SMALL_MODEL = 50_000_000
-"""Parameters below which a decoding call is bound by the number of its operations: it is then run on one thread of a
-CPU, both ways of decoding."""
 
 
 def verify_experiment(
@@ -56,18 +52,6 @@ def verify_experiment(
             comparisons.append(comparison)
             progress(DECODED, len(comparisons), len(prompts))
     return Verification(comparisons)
-
-
-@contextmanager
-def decoding_threads(num_parameters: int) -> Iterator[None]:
-    """One thread for small models on a CPU: both ways of decoding are then faster than with several."""
-    before = torch.get_num_threads()
-    if num_parameters < SMALL_MODEL:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def make_report(experiment: Experiment, verification: Verification, budget: int) -> Report:

@@ -1,0 +1,292 @@
+"""A chat on a terminal: what `ptp_generate DIR` does there without a prompt."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+import torch
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from rich.console import Console
+
+from ptp.chat.chat import Chat
+from ptp.chat.commands import COMMANDS, parse, parse_save
+from ptp.chat.figures import Figures
+from ptp.errors import PTPError
+from ptp.evaluation.colour import hue_index, printable
+
+try:
+    import termios
+except ImportError:  # Windows
+    termios = None  # type: ignore[assignment]
+
+LOCAL_MODES = 3
+"""Where they stand among a terminal's attributes."""
+
+HUES = ("blue", "yellow", "green", "magenta")
+"""The hues of `ptp.evaluation.colour` as a terminal names them: its own palette suits its background."""
+
+KEYS = (
+    ("Ctrl-C", "stop the answer and keep what is written (twice: at once); at the prompt, clear the line"),
+    ("Alt-Enter", "a new line in the message; a text of several lines can be pasted as it is"),
+    ("Up, Ctrl-R", "earlier messages, also of other chats"),
+)
+
+SPEEDS = (
+    "Speeds count all calls but an answer's first, which has the prompt to read. Plain decoding is the bare loop, one "
+    "token a call, timed once on this machine: with this model, behind a prompt of this chat, under these settings."
+)
+
+
+def history_file() -> Path:
+    """Where lines are kept: in the user's state directory, which no other user can read."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "ptp" / "chat_history"
+
+
+class History(FileHistory):
+    """Lines kept in a file, where there can be one."""
+
+    def __init__(self, path: Path) -> None:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600)
+        super().__init__(str(path))
+
+    def load_history_strings(self) -> Iterable[str]:
+        try:
+            return list(super().load_history_strings())
+        except OSError:
+            return []
+
+    def store_string(self, string: str) -> None:
+        with suppress(OSError):
+            super().store_string(string)
+
+
+class Commands(Completer):
+    """Completes commands, names of settings and files; never a message."""
+
+    def __init__(self, setting_names: list[str]) -> None:
+        self.setting_names = setting_names
+        self.files = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterator[Completion]:
+        before = document.text_before_cursor
+        word, space, rest = before.partition(" ")
+        if not before.startswith("/"):
+            return
+        if not space:
+            for command in COMMANDS:
+                if command.name.startswith(word[1:]):
+                    yield Completion(f"/{command.name}", -len(word), display_meta=command.meaning)
+        elif word == "/set" and " " not in rest:
+            yield from (Completion(name, -len(rest)) for name in self.setting_names if name.startswith(rest))
+        elif word == "/save":
+            yield from self.files.get_completions(Document(rest.rpartition(" ")[2]), complete_event)
+
+
+def converse(chat: Chat, name: str) -> None:
+    """Chat on this terminal until the user leaves. name: of the model."""
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    session: PromptSession[str] = PromptSession(
+        [("bold", "> ")],
+        history=History(history_file()),
+        completer=Commands([setting for setting, _ in chat.settings.named()]),
+        key_bindings=keys,
+        prompt_continuation="  ",
+    )
+    with silent_keyboard():
+        Conversation(chat, Console(markup=False, highlight=False)).run(session.prompt, name)
+
+
+@contextmanager
+def silent_keyboard() -> Iterator[None]:
+    """What is typed while an answer is written does not appear in its midst; the next prompt shows it."""
+    if termios is None:
+        yield
+        return
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    silent = termios.tcgetattr(descriptor)
+    silent[LOCAL_MODES] &= ~termios.ECHO
+    termios.tcsetattr(descriptor, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSADRAIN, before)
+
+
+class Conversation:
+    """Reads lines and answers them. coloured: whether tokens are coloured by the call that wrote them."""
+
+    def __init__(self, chat: Chat, console: Console) -> None:
+        self.chat, self.console, self.coloured = chat, console, False
+
+    def run(self, read: Callable[[], str], name: str) -> None:
+        """Until the user leaves. read: a line, `KeyboardInterrupt` for one that is given up, `EOFError` at the end."""
+        self.note(name)
+        if not self.chat.templated:
+            self.note("no chat template: each text is completed by itself, without those before it")
+        self.note("/help lists commands, Ctrl-D leaves\n")
+        while True:
+            try:
+                line = read()
+                command = parse(line)
+                if command is not None and command[0] == "exit":
+                    return
+                if command is not None:
+                    getattr(self, f"on_{command[0]}")(command[1])
+                elif line.strip():
+                    self.answer(line)
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                continue
+            except PTPError as error:
+                self.console.print(str(error), style="red")
+            except torch.OutOfMemoryError as error:
+                self.console.print(f"out of memory: {str(error).splitlines()[0]}; try a shorter chat", style="red")
+
+    def note(self, text: str) -> None:
+        self.console.print(text, style="dim")
+
+    def write(self, text: str, style: str | None) -> None:
+        """A part of a line, which the terminal itself breaks: what is copied from it is whole."""
+        self.console.out(text, style=style, highlight=False, end="")
+
+    def table(self, rows: Iterable[tuple[str, object]]) -> None:
+        rows = list(rows)
+        width = max(len(name) for name, _ in rows)
+        for name, value in rows:
+            self.note(f"{name:<{width}}  {value}")
+
+    def answer(self, text: str) -> None:
+        last, num_answers = "\n", len(self.chat.turns)
+        try:
+            with first_interrupt() as stopped:
+                for piece in self.chat.answer(text, stopped):
+                    shown = printable(piece.text)
+                    style = HUES[hue_index(piece.call)] + ("" if piece.accepted else " underline")
+                    self.write(shown, style if self.coloured else None)
+                    last = shown[-1:] or last
+        except KeyboardInterrupt:
+            pass  # pressed again: what is written is kept all the same
+        finally:
+            if last != "\n":
+                self.console.out("")
+        if len(self.chat.turns) == num_answers:
+            self.note("stopped before the first token; the message is not part of the chat")
+        else:
+            self.after()
+
+    def after(self) -> None:
+        """The line below an answer; plain decoding is timed before it, once."""
+        chat = self.chat
+        with suppress(KeyboardInterrupt):
+            chat.measure_plain_speed()
+        turn = chat.turns[-1]
+        ends = {
+            "stop": "",
+            "length": "; the context is full, /reset begins a new chat"
+            if chat.is_full and chat.templated
+            else "; cut at max_new_tokens",
+            None: "; stopped",
+        }
+        self.note(Figures.of([turn]).described(chat.plain_speed) + ends[turn.finish_reason] + "\n")
+
+    def on_reset(self, _: str) -> None:
+        self.chat.reset()
+        self.note("a new chat")
+
+    def on_system(self, text: str) -> None:
+        if text:
+            self.chat.tell(None if text == "-" else text)
+        self.note(f"system message: {self.chat.system or 'none'}")
+
+    def on_set(self, argument: str) -> None:
+        name, _, value = argument.partition(" ")
+        if value:
+            self.chat.set(name, value.strip())
+        chosen = [(known, value) for known, value in self.chat.settings.named() if known == name.replace("-", "_")]
+        self.table((name, shown(value)) for name, value in chosen or self.chat.settings.named())
+        trained = self.chat.model.rule
+        if value and trained not in (None, self.chat.settings.rule):
+            self.note(f"the adapter was trained for {trained}: the text is as right, but fewer drafts are accepted")
+
+    def on_stats(self, _: str) -> None:
+        chat, figures = self.chat, self.chat.figures
+        if not chat.turns:
+            self.note("no answer yet")
+            return
+        turn, plain = chat.turns[-1], chat.plain_speed
+        num_prompt, num_written = len(turn.request.prompt_ids), len(turn.token_ids)
+        accepted = f", {figures.num_accepted / figures.num_drafts:.0%}" if figures.num_drafts else ""
+        self.table(
+            [
+                ("answers", len(chat.turns)),
+                ("in all", figures.described(plain)),
+                ("drafts accepted", f"{figures.num_accepted:,} of {figures.num_drafts:,}{accepted}"),
+                ("plain decoding", "not measured" if plain is None else f"{plain:,.1f} tokens/s"),
+                ("last prompt", f"{num_prompt:,} tokens, {turn.num_reused:,} of them read in earlier turns"),
+                ("context", f"{num_prompt + num_written:,} of {chat.context or 'unknown'} tokens"),
+            ]
+        )
+        self.note(SPEEDS)
+
+    def on_colour(self, _: str) -> None:
+        self.coloured = not self.coloured
+        if not self.coloured:
+            self.note("colours off")
+            return
+        for number, hue in enumerate(HUES, start=1):
+            self.write(f"drafts accepted in call {number}" if number == 1 else f"in call {number}", hue)
+            self.write(" and its own token" if number == 1 else " and its own", f"{hue} underline")
+            self.write(", ", None)
+        self.console.out("…")
+
+    def on_save(self, argument: str) -> None:
+        path, overwrite = parse_save(argument)
+        self.chat.save(path, overwrite)
+        self.note(f"saved to {path}")
+
+    def on_help(self, _: str) -> None:
+        self.table((f"/{command.name} {command.argument}", command.meaning) for command in COMMANDS)
+        self.table(KEYS)
+        self.note(SPEEDS)
+
+
+def shown(value: object) -> str:
+    """A setting's value; texts in quotes."""
+    return " ".join(map(repr, value)) or "off" if isinstance(value, tuple) else str(value)
+
+
+@contextmanager
+def first_interrupt() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C was pressed inside the block. So a call is not broken off; pressed again, it is."""
+    pressed = False
+
+    def press(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    before = signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
