@@ -4,11 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
-from ptp.decoding.decoder import Decoder
 from ptp.server.api import Service
 from ptp.server.run import Server, bind
 
@@ -39,12 +35,3 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < until, "waited in vain"
         time.sleep(0.01)
-
-
-def model_directory(root: Path, decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """An adapter directory beside its base model."""
-    decoder.model.base_model.save_pretrained(root / "base")
-    decoder.model.base_model.name_or_path = str(root / "base")
-    tokenizer.save_pretrained(root / "base")
-    decoder.model.save_pretrained(root / "adapter")
-    return root / "adapter"

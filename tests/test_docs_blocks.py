@@ -30,6 +30,7 @@ from ptp.config import TrainConfig
 from ptp.demo import DEMO, demo_config
 from ptp.experiment import Experiment, ExperimentConfig, apply_override
 from ptp.model.loading import load_tokenizer
+from ptp.server.bodies import CompletionBody
 from ptp.stages.distill import distill
 from ptp.stages.pregenerate import pregenerate
 from ptp.stages.train import train
@@ -96,7 +97,14 @@ def check_pip(words: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = project["project"]["optional-dependencies"]
     allowed = {*project["project"]["dependencies"], *(name for group in extras.values() for name in group)}
+    allowed |= {f"{project['project']['name']}[{extra}]" for extra in extras}
     assert words[1] == "install" and set(words[2:]) <= allowed, f"not what pyproject.toml asks for: {words}"
+
+
+def check_curl(words: list[str]) -> None:
+    """A request to `ptp serve`."""
+    assert words[1] == "http://127.0.0.1:8000/v1/completions", f"asks another server: {words}"
+    CompletionBody.read(words[words.index("-d") + 1].encode())
 
 
 def check_copy(words: list[str]) -> None:
@@ -116,6 +124,7 @@ CHECKS: dict[str, Callable[[list[str]], None]] = {
     "python": check_python,
     "pip": check_pip,
     "cp": check_copy,
+    "curl": check_curl,
     **dict.fromkeys([".", "ln", "mkdir", "tensorboard"], unchecked),
 }
 """How a program's command is checked."""
@@ -265,6 +274,8 @@ class Place:
             assert program in (".", "make", "pip", "torchrun", "accelerate"), f"cannot be run here: {command}"
             return
         stage, *arguments = arguments if program == "ptp" else [program.removeprefix("ptp_"), *arguments]
+        if stage == "serve":
+            return  # until it is told to end: server/test_serve_command.py
         if "DIR" in arguments:
             done = {"pregenerate": "NEW", "train": "SAMPLED"}.get(stage)
             if "train.objective=inverse_autoregressive" in arguments:
@@ -327,6 +338,7 @@ def test_the_page_of_endpoints_runs_against_a_server(place: Place, monkeypatch: 
 RUN_BY_OTHERS = {
     "docs/formats.md": "test_docs.py",
     "docs/quickstart.md": "test_site.py",
+    "docs/serve.md": "server/test_api.py",
     "docs/transformers.md": "test_docs.py",
     "docs/tutorial.md": "above, with its commands",
     "README.md": "above, with its commands",

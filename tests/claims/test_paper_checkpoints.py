@@ -180,7 +180,7 @@ def test_the_stages_take_every_directory(
     expected = {SETTINGS, AUXILIARY_WEIGHTS, "training.json"}
     files = {path.name for path in experiment.adapter.iterdir()}
     if facts.size is None:
-        assert files == expected | {LORA_WEIGHTS, "adapter_config.json"}
+        assert files == expected | {LORA_WEIGHTS, "adapter_config.json", "custom_generate"}
         assert PTPModel.from_pretrained(directory).rule == experiment.config.sampling
     else:
         assert files == expected | {"student"}

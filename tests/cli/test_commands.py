@@ -109,12 +109,13 @@ try:
     main()
 except SystemExit as exit:
     assert not exit.code, exit.code
-slow = {"torch", "transformers", "peft", "numpy", "datasets", "openai", "questionary", "tensorboard"} & set(sys.modules)
+heavy = {"torch", "transformers", "peft", "numpy", "datasets", "openai", "fastapi", "questionary", "tensorboard"}
+slow = heavy & set(sys.modules)
 assert not slow, slow
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for name in ("demo", "distill", "pregenerate", "train", "generate", "verify", "bench"):
+    for name in ("demo", "distill", "pregenerate", "train", "generate", "verify", "bench", "serve"):
         assert name in done.stdout
 
 

@@ -1,12 +1,13 @@
 """A tiny chat model behind a real server on loopback, asked by the real `openai` client."""
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 
 import openai
 import pytest
 import torch
 from model_server import NAME, Alone, running
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptp.config import PTPConfig
 from ptp.decoding.decoder import Decoder
@@ -25,14 +26,19 @@ def tokenizer(chat_experiment: Callable, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
-def decoder(tiny_llama: Callable, random_adapter: Callable, tokenizer: PreTrainedTokenizerBase) -> Decoder:
+def base_model(tiny_llama: Callable, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     base_model = tiny_llama(vocab_size=len(tokenizer), context=256)
     # It writes few tokens, so that drafts are often right by chance; two of them are the bytes of "é".
     written = [*tokenizer.convert_tokens_to_ids([*"abcxyz.,+12", "Ã", "©"]), *base_model.generation_config.eos_token_id]
     unwritten = torch.ones(len(tokenizer), dtype=torch.bool).index_fill(0, torch.tensor(written), False)
     with torch.no_grad():
         base_model.lm_head.weight[unwritten] = 0
-    model = random_adapter(PTPModel(base_model, PTPConfig(window=5)), std=0.3)
+    return base_model
+
+
+@pytest.fixture(scope="session")
+def decoder(base_model: PreTrainedModel, random_adapter: Callable) -> Decoder:
+    model = random_adapter(PTPModel(deepcopy(base_model), PTPConfig(window=5)), std=0.3)
     model.rule = SamplingRule(temperature=0.7, top_k=4)
     model.survival = (0.7, 0.5, 0.3, 0.2)
     return Decoder(model, budget=10)

@@ -9,6 +9,7 @@ import httpx2
 import openai
 import pytest
 from model_server import NAME, Alone, running
+from pages import ROOT, blocks, commands
 from transformers import PreTrainedTokenizerBase
 
 from ptp.decoding.decoder import Decoder
@@ -361,3 +362,19 @@ def test_metrics_are_the_sums_over_all_answers(new_service: Callable[..., Servic
     assert len(reasons) == 2
     assert found["vllm:time_to_first_token_seconds_count"] == found["vllm:e2e_request_latency_seconds_count"] == 8
     assert found["vllm:num_requests_running"] == found["vllm:num_requests_waiting"] == 0
+
+
+# Docs
+
+
+def test_what_the_page_of_the_server_shows_runs_as_it_stands(url: str, capsys: pytest.CaptureFixture) -> None:
+    page, there = ROOT / "docs" / "serve.md", "http://127.0.0.1:8000"
+    for code in blocks(page, "python"):
+        exec(code.replace(there, url), {})
+        assert capsys.readouterr().out
+    asked = [command.words for shell in blocks(page, "sh") for command in commands(shell) if command.words[0] == "curl"]
+    assert asked
+    for _, address, _, header, _, body in asked:
+        name, _, value = header.partition(": ")
+        answer = httpx2.post(address.replace(there, url), content=body, headers={name: value})
+        assert answer.json()["choices"][0]["ptp"]["seed"] == json.loads(body)["seed"]

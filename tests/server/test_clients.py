@@ -248,7 +248,7 @@ FIELDS = [
 ]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(
     st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=4),
     st.sampled_from(["completions", "chat/completions"]),

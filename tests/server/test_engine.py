@@ -12,9 +12,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.requests import Request, make_request
-from ptp.decoding.session import Session
+from ptp.decoding.session import Session, Step
 from ptp.server.engine import Answer, Call, Closing, Engine, Failure, QueueFull
 from ptp.server.metrics import Metrics
+from ptp.server.text import TextStream
 
 PROMPT = [5, 6, 7]
 
@@ -82,6 +83,16 @@ class FailsBehind(LogitsProcessor):
         return scores
 
 
+def test_what_stands_behind_a_stop_string_does_not_count(decoder: Decoder, tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens = tokenizer.convert_tokens_to_ids([*"abcd"])
+    answer = Answer(make_request(decoder.model.base_model, PROMPT, 40, 0), ["b"], print)
+    answer.stream = TextStream(tokenizer.backend_tokenizer, PROMPT, answer.stop)
+    call = answer.add(Step(tokens, [0.5] * 4, num_accepted=3, num_drafts=3))
+    assert [token.id for token in call.tokens] == tokens[:2]
+    assert (call.text, call.num_accepted, call.finish_reason) == ("a", 2, "stop")
+    assert (call.totals.num_tokens, call.totals.num_accepted_tokens, call.totals.num_draft_tokens) == (2, 2, 3)
+
+
 def test_more_texts_than_slots_are_each_what_they_are_alone(
     make_engine: Callable, asked: Callable, alone: Callable
 ) -> None:
@@ -114,6 +125,8 @@ def test_a_call_that_fails_once_harms_nobody(
         nonlocal num_calls
         num_calls += 1
         if num_calls in (1, 6):
+            for layer in session.cache.layers:
+                layer.keys.fill_(torch.nan)  # as half a call may leave it
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(session)
 

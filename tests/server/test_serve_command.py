@@ -13,8 +13,8 @@ import httpx2
 import openai
 import pytest
 from command_line import check_refused, typed
-from model_server import Alone, model_directory
-from transformers import PreTrainedTokenizerBase
+from model_server import Alone
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptp.cli.main import main
 from ptp.decoding.decoder import Decoder
@@ -23,8 +23,19 @@ from ptp.server.run import bind, make_service
 
 
 @pytest.fixture(scope="module")
-def directory(decoder: Decoder, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_directory(tmp_path_factory.mktemp("served"), decoder, tokenizer)
+def directory(
+    base_model: PreTrainedModel,
+    decoder: Decoder,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """An adapter beside its base model."""
+    root = tmp_path_factory.mktemp("served")
+    base_model.save_pretrained(root / "base")
+    tokenizer.save_pretrained(root / "base")
+    decoder.model.base_model.config.name_or_path = str(root / "base")
+    decoder.model.save_pretrained(root / "adapter")
+    return root / "adapter"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2"])

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.resources import files
 from ipaddress import ip_address
+from urllib.parse import urlsplit
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from openai.types import Model
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from transformers import PreTrainedTokenizerBase
 
@@ -49,9 +49,6 @@ BODY_SECONDS = 60
 
 LAST = {"Connection": "close"}
 """Sent where a body was not read to its end, behind which no other request can be found."""
-
-LOOPBACK = ["127.0.0.1", "localhost", "[::1]", "::1"]
-"""Names by which a browser may call a server that only this machine reaches; any other is a page's trick."""
 
 CLIENT_GONE = 499
 """Status of an answer that nobody waits for any more, as nginx logs it."""
@@ -92,9 +89,13 @@ def create_app(service: Service) -> FastAPI:
         preparing.shutdown(cancel_futures=True)
 
     # FastAPI's own pages of the API load scripts from elsewhere.
-    app = FastAPI(title="Parallel Token Prediction", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    if is_loopback(service.host):
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)
+    app = FastAPI(
+        lifespan=lifespan,
+        dependencies=[Depends(_check_host)] if is_loopback(service.host) else [],
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
     app.add_exception_handler(APIError, lambda _, error: error.response)
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=CLIENT_GONE))
@@ -106,6 +107,17 @@ def create_app(service: Service) -> FastAPI:
 
 def _http_error(_: Request, error: HTTPException) -> JSONResponse:
     return APIError(error.status_code, str(error.detail), headers=dict(error.headers or {})).response
+
+
+async def _check_host(request: Request) -> None:
+    """A page elsewhere may have its own name lead here, and then read what a browser of this machine gets."""
+    host = request.headers.get("host", "")
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        name = ""
+    if not is_loopback(name):
+        raise APIError(400, f"this server listens on this machine alone, and not as {host[:80]!r}")
 
 
 async def _check_key(service: Service, request: Request) -> None:

@@ -252,7 +252,8 @@ def _rule(body: Body, default: SamplingRule) -> SamplingRule:
     given = {name: getattr(body, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     if given["top_k"] == -1:  # as vLLM switches it off
         given["top_k"] = 0
-    return SamplingRule(**{**dict(default), **{name: value for name, value in given.items() if value is not None}})
+    changes = {name: value for name, value in given.items() if value is not None}
+    return SamplingRule(**{**dict(default), **changes}) if changes else default
 
 
 def _bias(body: Body, vocab_size: int) -> dict[tuple[int, ...], float] | None:

@@ -85,7 +85,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(service: Service, listening: socket.socket, announce: Callable[[str], None]) -> None:
-    """Serve on a bound socket until a signal ends it. announce: told the address just before."""
+    """Serve on a bound socket until a signal ends it. announce: told the address once it may be called."""
+    listening.listen()
     host, port = listening.getsockname()[:2]
     announce(f"{service.name} answers at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C ends it")
     with suppress(KeyboardInterrupt):
