@@ -63,7 +63,18 @@ def test_dependencies_point_one_way(part: str) -> None:
 
 
 def test_every_part_of_the_package_is_known_here() -> None:
-    free = {"__init__", "__main__", "__pycache__", "cli", "server", "evaluation", "experiment", "stages", "demo"}
+    free = {
+        "__init__",
+        "__main__",
+        "__pycache__",
+        "cli",
+        "server",
+        "streaming",
+        "evaluation",
+        "experiment",
+        "stages",
+        "demo",
+    }
     parts = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or path.is_dir()}
     assert parts - free <= set(ALLOWED)
 

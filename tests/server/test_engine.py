@@ -15,7 +15,7 @@ from ptp.decoding.requests import Request, make_request
 from ptp.decoding.session import Session, Step
 from ptp.server.engine import Answer, Call, Closing, Engine, Failure, QueueFull
 from ptp.server.metrics import Metrics
-from ptp.server.text import TextStream
+from ptp.streaming import TextStream
 
 PROMPT = [5, 6, 7]
 

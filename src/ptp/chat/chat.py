@@ -29,7 +29,7 @@ from ptp.evaluation.colour import Piece
 from ptp.files import write_atomically
 from ptp.layer_kinds import context_length
 from ptp.model.ptp_model import PTPModel
-from ptp.server.text import TextStream
+from ptp.streaming import TextStream
 
 
 def never() -> bool:

@@ -23,7 +23,7 @@ from ptp.decoding.session import Step, Text
 from ptp.decoding.verification import Logprobs
 from ptp.evaluation.colour import Piece
 from ptp.server.metrics import Metrics
-from ptp.server.text import TextStream
+from ptp.streaming import TextStream
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from ptp.server.text import TextStream
+from ptp.streaming import TextStream
 
 
 def byte_tokenizer() -> Tokenizer:
