@@ -33,7 +33,7 @@ ALLOWED = {
     "model": FOUNDATION | {"model"},
     "training": FOUNDATION | {"training", "data", "model"},
     "decoding": FOUNDATION | {"decoding", "model"},
-    "chat": FOUNDATION | {"chat", "data", "model", "decoding", "evaluation", "server"},
+    "chat": FOUNDATION | {"chat", "data", "model", "decoding", "evaluation", "streaming"},
 }
 
 
