@@ -19,6 +19,7 @@ from ptp.chat.chat import Chat
 from ptp.chat.commands import COMMANDS
 from ptp.cli import generate
 from ptp.cli.chat import Commands, Conversation, History, first_interrupt, history_file
+from ptp.decoding.budget import Latency
 from ptp.evaluation.colour import Piece
 
 
@@ -70,6 +71,14 @@ def test_below_each_answer_stands_what_it_cost(directory: Path, chat: Chat) -> N
     assert chat.plain_speed is not None
     assert lines[4].startswith(chat.figures.described(chat.plain_speed))
     assert "x plain decoding" in lines[4]
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_that_drafts_do_not_pay_is_said_once(directory: Path, monkeypatch: pytest.MonkeyPatch, pays: bool) -> None:
+    seconds = dict.fromkeys((0, 64), 0.01) if pays else {0: 0.01, 64: 10.0}
+    monkeypatch.setattr("ptp.decoding.decoder.kept_latency", lambda *_: Latency({1: seconds}))
+    shown = conversation(open_chat(directory, min_new_tokens=20, budget="auto"), "1 and 2?", "2 and 3?")
+    assert shown.count("no drafts: the time of calls on this machine says") == (not pays)
 
 
 @pytest.mark.parametrize(

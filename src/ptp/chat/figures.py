@@ -81,6 +81,13 @@ class Figures:
         return ", ".join(parts)
 
 
+NO_DRAFTS = (
+    "no drafts: the time of calls on this machine says that they do not pay with this model; "
+    "a budget makes them all the same, such as {}"
+)
+"""Said once where a measured budget decodes plainly, which would look like a fault; {}: how to give a budget."""
+
+
 def plain_speed(base_model: PreTrainedModel, request: Request, rule: SamplingRule) -> float | None:
     """Tokens per second of the bare loop, behind the prompt of a request; None if there is room for too few of them.
 

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from ptp.chat.chat import Chat
 from ptp.chat.commands import COMMANDS, parse, parse_save
-from ptp.chat.figures import Figures
+from ptp.chat.figures import NO_DRAFTS, Figures
 from ptp.errors import ConfigError, PTPError
 from ptp.evaluation.colour import hue_index, printable
 from ptp.records import unknown_key
@@ -136,6 +136,7 @@ class Conversation:
 
     def __init__(self, chat: Chat, console: Console) -> None:
         self.chat, self.console, self.coloured = chat, console, False
+        self.has_told_of_no_drafts = False
 
     def run(self, read: Callable[[], str], name: str) -> None:
         """Until the user leaves. read: a line, `KeyboardInterrupt` for one that is given up, `EOFError` at the end."""
@@ -203,7 +204,12 @@ class Conversation:
         end = {"stop": "", "length": "; cut at max_new_tokens", None: "; stopped"}[turn.finish_reason]
         if chat.is_full:
             end = "; the context is full" + ", /reset begins a new chat" * chat.templated
-        self.note(Figures.of([turn]).described(chat.plain_speed) + end + "\n")
+        figures = Figures.of([turn])
+        self.note(figures.described(chat.plain_speed) + end)
+        if chat.settings.budget == "auto" and not figures.num_drafts and not self.has_told_of_no_drafts:
+            self.note(NO_DRAFTS.format("/set budget 12"))
+            self.has_told_of_no_drafts = True
+        self.console.out("")
 
     def on_reset(self, _: str) -> None:
         self.chat.reset()

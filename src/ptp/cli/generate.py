@@ -53,6 +53,7 @@ def command(
     """
     from transformers import TextStreamer
 
+    from ptp.chat.figures import NO_DRAFTS
     from ptp.chat.prompts import prompt_ids as chat_prompt_ids
     from ptp.chat.prompts import user
     from ptp.chat.settings import Settings
@@ -114,6 +115,8 @@ def command(
             f"{len(out.token_ids)} tokens, {out.num_calls} calls, {out.tokens_per_call:.2f} tokens per call",
             style="dim",
         )
+        if budget == "auto" and not out.num_draft_tokens:
+            console.print(NO_DRAFTS.format("--budget 12"), style="dim", soft_wrap=True)
         return
     record = {
         "prompt_ids": prompt_ids,
