@@ -286,7 +286,8 @@ class Place:
         if stage == "distill" and "--output-dir" not in arguments:
             # Alternatives of one page would all be made in the same place.
             arguments += ["--output-dir", tempfile.mkdtemp(dir=self.directory)]
-        result = typed(main, stage, *arguments, *SMALLER.get(stage, ()))
+        # Of a chat, one message (with a terminal: cli/test_chat_terminal.py).
+        result = typed(main, stage, *arguments, *SMALLER.get(stage, ()), stdin="1+1?")
         assert result.code == 0, f"{command}: {result.err}"
         if command.output is not None:
             Path(command.output).write_text(result.out)
