@@ -17,7 +17,7 @@ Alone = Callable[..., tuple[list[int], str]]
 def running(service: Service) -> Iterator[str]:
     """A server of the service in a thread, on a free port; yields its address."""
     with bind("127.0.0.1", 0) as listening:
-        server = Server(service)
+        server = Server(service, lambda _: None)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
         try:

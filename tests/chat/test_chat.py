@@ -292,7 +292,7 @@ def test_where_there_is_room_for_few_tokens_plain_decoding_has_no_figure(chat: C
 
 
 def test_a_saved_chat_is_openai_s_messages_and_a_data_set(chat: Chat, tmp_path: Path) -> None:
-    file = tmp_path / "new" / "chat.json"
+    file = tmp_path / "chat.json"
     with pytest.raises(DataError, match="nothing to save"):
         chat.save(file)
     chat.tell("Add.")
@@ -319,7 +319,7 @@ def test_a_file_that_is_there_is_replaced_only_if_told(chat: Chat, tmp_path: Pat
     assert json.loads(file.read_text())["messages"] == chat.messages
     with pytest.raises(DataError, match="no file"):
         chat.save(tmp_path, overwrite=True)
-    with pytest.raises(DataError, match="cannot write"):
+    with pytest.raises(DataError, match="no directory"):
         chat.save(file / "below")
     assert list(tmp_path.iterdir()) == [file]
 

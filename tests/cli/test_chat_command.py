@@ -251,9 +251,11 @@ def test_a_prompt_for_a_chat_model_is_a_user_s_turn_and_is_answered_as_in_a_chat
 
 
 def test_a_raw_prompt_is_completed_as_it_is(directory: Path, chat: Chat) -> None:
-    record = generated(directory, "--raw", stdin="1 and 2?\n")
+    record = generated(directory, "--raw", "--prompt", "1 and 2?\n")
     assert record["prompt_ids"] == chat.tokenizer("1 and 2?\n")["input_ids"]
     assert record["text"] == said(open_chat(directory, templated=False, min_new_tokens=20), "1 and 2?\n")
+    # `echo` ends a line that is no part of the prompt.
+    assert generated(directory, "--raw", stdin="1 and 2?\n\n") == record
 
 
 def test_an_answer_may_be_longer_than_a_completion(directory: Path) -> None:

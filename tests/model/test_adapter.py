@@ -1,5 +1,7 @@
 import json
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -250,3 +252,13 @@ def test_an_adapter_made_for_another_base_model_is_refused(saved: Path, tiny_lla
         message = one_line_error(saved, other)
         assert "was made for" in message
         assert fingerprint(other)[:12] in message
+
+
+def test_an_adapter_s_files_may_be_read_by_whom_the_user_lets_read(tiny_llama: Callable, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        PTPModel(tiny_llama(), PTPConfig(lora_rank=2)).save_pretrained(tmp_path / "shared")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "shared").rglob("*") if path.is_file()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}

@@ -252,6 +252,8 @@ def test_logprobs_of_a_completion_say_where_each_token_begins(client: openai.Ope
         ({"top_k": -2}, "top_k"),
         ({"n": 0}, "n"),
         ({"n": 100}, "more texts than the 72"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop: List should have at most 4 items"),
+        ({"ptp": {"bugdet": 3}}, "ptp.bugdet: Extra inputs are not permitted"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 201}, "200 at most"),
         ({"min_tokens": 30, "max_tokens": 20}, "min_new_tokens"),

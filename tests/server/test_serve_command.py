@@ -58,9 +58,7 @@ def test_what_is_not_installed_is_named(directory: Path, monkeypatch: pytest.Mon
     for name in [name for name in sys.modules if name.startswith("ptp.server")]:
         monkeypatch.delitem(sys.modules, name)
     with patch.dict(sys.modules, {"prometheus_client": None}):
-        check_refused(
-            typed(main, "serve", directory), "prometheus_client", 'pip install "parallel-token-prediction[serve]"'
-        )
+        check_refused(typed(main, "serve", directory), "prometheus_client", "pip install fastapi uvicorn openai")
 
 
 def test_a_directory_without_an_adapter_is_refused(tmp_path: Path) -> None:

@@ -81,6 +81,8 @@ def test_the_readme_names_the_next_commands(config_of: Callable, mode: Mode, tmp
         "ptp_train",
         "ptp verify",
         "ptp_generate",
+        "ptp bench",
+        "ptp serve",
     ]
     several = [line.split()[5] for line in text.splitlines() if "torchrun" in line]
     assert several == [name.removeprefix("ptp_") for name in samples] + ["train"]

@@ -59,7 +59,8 @@ class Chat:
         self.plain_speed: float | None = None
         self.settings = settings
         self._check(settings)
-        self.decoder = Decoder(model, settings.rule, settings.budget)
+        # Each request says its rule.
+        self.decoder = Decoder(model, budget=settings.budget)
         self.session = self.decoder.session(1)
 
     @property
@@ -151,7 +152,7 @@ class Chat:
         settings = self.settings.changed(name, value)
         self._check(settings)
         if settings.budget != self.settings.budget:
-            self.decoder = Decoder(self.model, settings.rule, settings.budget)
+            self.decoder = Decoder(self.model, budget=settings.budget)
             self.session = self.decoder.session(1)
         self.settings, self.plain_speed = settings, None
 
@@ -162,6 +163,8 @@ class Chat:
         """Write the chat as OpenAI's messages, {"messages": [{"role": …, "content": …}, …]}: a data set of one row."""
         if not self.messages:
             raise DataError("there is nothing to save yet")
+        if not path.parent.is_dir():
+            raise DataError(f"there is no directory {path.parent} to save {path.name} in")
         if path.exists() and not (overwrite and path.is_file()):
             hint = "; /save --overwrite replaces it" if path.is_file() else " and no file"
             raise DataError(f"{path} is there already{hint}")

@@ -120,6 +120,8 @@ def summary(bench: Bench) -> Iterator[str]:
     yield f"accepted by position  {' '.join(f'{share:.2f}' for share in shares) or 'no drafts'}"
     counts = ", ".join(f"{count} {verdict}" for verdict, count in bench.verdicts.items())
     yield f"against plain text    {counts} of {bench.num_prompts} prompts"
+    yield "speed-up             median over repetitions of the ratio of mean speeds; range: least and most of them"
+    yield "spread               of tokens/s, the middle half of the questions"
 
 
 def _cells(figures: Figures) -> Iterator[str]:

@@ -143,6 +143,7 @@ class Conversation:
         self.note(name)
         if not self.chat.templated:
             self.note("no chat template: each text is completed by itself, without those before it")
+        self.note_rule()
         self.note("/help lists commands, Ctrl-D leaves\n")
         while True:
             try:
@@ -222,6 +223,7 @@ class Conversation:
 
     def on_set(self, argument: str) -> None:
         name, _, value = argument.partition(" ")
+        before = self.chat.settings.rule
         if value:
             self.chat.set(name, value.strip())
         settings = dict(self.chat.settings.named())
@@ -231,9 +233,8 @@ class Conversation:
                 raise ConfigError(unknown_key(name, settings, "/set"))
             settings = {name: settings[name]}
         self.table((name, shown(value)) for name, value in settings.items())
-        trained = self.chat.model.rule
-        if value and trained not in (None, self.chat.settings.rule):
-            self.note(f"the adapter was trained for {trained}: the text is as right, but fewer drafts are accepted")
+        if self.chat.settings.rule != before:
+            self.note_rule()
 
     def on_stats(self, _: str) -> None:
         chat, figures = self.chat, self.chat.figures
@@ -255,17 +256,24 @@ class Conversation:
         )
         self.note(SPEEDS)
 
+    def note_rule(self) -> None:
+        """Say so if the adapter was trained for another rule."""
+        trained = self.chat.model.rule
+        if trained not in (None, self.chat.settings.rule):
+            self.note(f"the adapter was trained for {trained}: the text is as right, but fewer drafts are accepted")
+
     def on_colour(self, _: str) -> None:
         self.coloured = not self.coloured
         if not self.coloured:
             self.note("colours off")
             return
         this, following = HUES[:2]
-        self.write("drafts accepted in one call", this)
-        self.write(" and its own token", f"{this} underline")
-        self.write(", in the next call", following)
-        self.write(" and its own token", f"{following} underline")
-        self.console.out(", …")
+        self.write("one colour for each call: ", None)
+        self.write("accepted drafts", this)
+        self.write(" the call's own token", f"{this} underline")
+        self.write(" the next call's drafts", following)
+        self.write(" its own token", f"{following} underline")
+        self.console.out(" …")
 
     def on_save(self, argument: str) -> None:
         path, overwrite = parse_save(argument)

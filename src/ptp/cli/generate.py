@@ -73,7 +73,8 @@ def command(
     if prompt is None and not (sys.stdin.isatty() and on_terminal):
         if sys.stdin.isatty():
             raise DecodingError("no prompt: give --prompt TEXT, or a text on standard input")
-        prompt = sys.stdin.read()
+        # `echo` ends its line; a prompt that is to end in a line break has two.
+        prompt = sys.stdin.read().removesuffix("\n")
     if prompt == "":
         raise DecodingError("the prompt is empty; give some text to complete")
     base_model = resolve_base_model(adapter, stored.base_model)

@@ -36,7 +36,7 @@ def command(
         from ptp.server.run import bind, make_service, serve
     except ImportError as error:
         raise ConfigError(
-            f'a server needs the package {error.name}; pip install "parallel-token-prediction[serve]"'
+            f"a server needs the package {error.name}; pip install fastapi uvicorn openai prometheus-client"
         ) from None
     from ptp.decoding.decoder import Decoder
     from ptp.model.adapter import find_adapter, read_settings, resolve_base_model

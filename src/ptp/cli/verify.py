@@ -39,7 +39,7 @@ def command(
             dtype=dtype or "float32",
             progress=progress,
         )
-    print(summary(verification))
+    print(summary(verification, num_prompts))
     if report:
         path = experiment.directory / "report.html"
         write_report(make_report(experiment, verification, budget), path)
@@ -48,11 +48,13 @@ def command(
         raise typer.Exit(1)
 
 
-def summary(verification: Verification) -> str:
-    """The figures of a verification, one a line."""
+def summary(verification: Verification, num_asked: int = 0) -> str:
+    """The figures of a verification, one a line. num_asked: prompts that it was to have, if as many are held out."""
+    num_prompts = len(verification.comparisons)
+    fewer = f" (of {num_asked} asked for; no more are held out)" if num_prompts < num_asked else ""
     return "\n".join(
         [
-            f"prompts           {len(verification.comparisons)}",
+            f"prompts           {num_prompts}{fewer}",
             f"mismatches        {verification.count('mismatch')}",
             f"near-ties         {verification.count('near-tie')}",
             f"tokens per call   {verification.tokens_per_call:.2f}",

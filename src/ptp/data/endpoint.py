@@ -216,9 +216,7 @@ class _Server:
         try:
             import openai
         except ImportError:
-            raise ConfigError(
-                'an endpoint needs the openai package; pip install "parallel-token-prediction[endpoint]"'
-            ) from None
+            raise ConfigError("an endpoint needs the openai package; pip install openai") from None
         self.endpoint, self.rule = endpoint, rule
         self.client = openai.AsyncOpenAI(
             base_url=endpoint.url,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ptp.calibration import Calibration
 from ptp.config import PTPConfig
 from ptp.errors import AdapterError
-from ptp.files import write_atomically
+from ptp.files import appearing, write_atomically
 from ptp.model.gated_lora import GatedLoRA, lora_layers
 from ptp.model.hub import download, is_hub_id
 from ptp.model.loading import is_packed
@@ -285,10 +284,13 @@ def _plain_name(base_model: nn.Module, name: str) -> str:
 
 
 def _write(path: Path, write: Any) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
+    with appearing(path) as temporary:
         write(temporary)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        # safetensors makes files that nobody else may read.
+        temporary.chmod(0o666 & ~_umask())
+
+
+def _umask() -> int:
+    """Permissions that this process takes from new files; it can only be asked by setting it."""
+    os.umask(mask := os.umask(0))
+    return mask

@@ -104,9 +104,11 @@ class Body(_Body):
         try:
             body = cls.model_validate_json(data)
         except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-            # The alternatives of a field follow its name.
-            name = ".".join(str(part) for part in first["loc"][:1])
+            errors = error.errors(include_url=False, include_input=False, include_context=False)
+            # Of a field's alternatives, which follow its name, the one that was meant: it has the right type.
+            first = next((each for each in errors if not each["type"].endswith("_type")), errors[0])
+            parts = first["loc"] if first["type"] == "extra_forbidden" else first["loc"][:1]
+            name = ".".join(map(str, parts))
             message = f"{name}: {first['msg']}" if name else first["msg"]
             raise APIError(400, message, param=name or None) from None
         for name, value in (body.model_extra or {}).items():

@@ -28,7 +28,7 @@ MAX_CONNECTIONS = 1024
 class Server(uvicorn.Server):
     """uvicorn's, which takes no more requests from the moment it is asked to end."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, announce: Callable[[str], None]) -> None:
         config = uvicorn.Config(
             create_app(service),
             log_level="warning",
@@ -39,9 +39,11 @@ class Server(uvicorn.Server):
             server_header=False,
         )
         super().__init__(config)
-        self.engine = service.engine
+        self.engine, self.announce = service.engine, announce
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.engine.is_alive and self.engine.num_open:
+            self.announce(f"\nending: texts in the making have {GRACE_SECONDS} s; Ctrl-C again ends now")
         self.engine.close()
         super().handle_exit(sig, frame)
 
@@ -85,9 +87,10 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(service: Service, listening: socket.socket, announce: Callable[[str], None]) -> None:
-    """Serve on a bound socket until a signal ends it. announce: told the address once it may be called."""
+    """Serve on a bound socket until a signal ends it. announce: told the address once it may be called, and
+    that the server ends while texts are in the making."""
     listening.listen()
     host, port = listening.getsockname()[:2]
     announce(f"{service.name} answers at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C ends it")
     with suppress(KeyboardInterrupt):
-        asyncio.run(Server(service).serve(sockets=[listening]))
+        asyncio.run(Server(service, announce).serve(sockets=[listening]))

@@ -236,7 +236,9 @@ Makes `{config.base_model}` parallel with {what} `{data.path}`. Sampling rule of
 
 {sampling}    ptp_train {directory}
     ptp verify {directory}
-    ptp_generate {directory} --prompt "..."
+    ptp_generate {directory}
+    ptp bench {directory}
+    ptp serve {directory}
 
 Settings are in `experiment.yaml`, `pregenerate.yaml` and `train.yaml`; one may be given for a single run, as in
 `ptp_train {directory} train.learning_rate=3e-4`. Every stage goes on where it was stopped.

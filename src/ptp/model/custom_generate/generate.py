@@ -3,7 +3,7 @@
 try:
     import ptp
 except ImportError as error:
-    raise ImportError("this adapter needs Parallel Token Prediction: pip install parallel-token-prediction") from error
+    raise ImportError("this adapter needs the Python package parallel-token-prediction (ptp)") from error
 
 
 def generate(model, **arguments):
