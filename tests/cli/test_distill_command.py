@@ -39,6 +39,12 @@ def config_of(directory: Path, *arguments: object) -> ExperimentConfig:
     return Experiment.load(directory).config
 
 
+def test_what_the_data_hold_and_what_is_learnt_of_them_is_said(root: Path, tmp_path: Path) -> None:
+    result = set_up(tmp_path / "new", root / "model", root / "chats.jsonl", "--yes")
+    said = "24 rows; text columns: none with text; chats in 'messages' (messages); mode prompt-distill"
+    assert result.err.splitlines()[0] == said
+
+
 def test_every_flag_lands_in_the_settings(root: Path, tmp_path: Path) -> None:
     template = TEMPLATES / "zephyr.jinja"
     flags = (

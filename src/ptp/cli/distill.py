@@ -116,6 +116,8 @@ def command(
     directory = output_dir or Path("experiments") / name
 
     def approve(example: Example) -> None:
+        if not asking:
+            note(f"{found.described}; mode {experiment_config.data.mode}")
         show(example)
         if asking and not ask_to_write(directory):
             raise typer.Exit(1)

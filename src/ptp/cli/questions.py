@@ -13,7 +13,6 @@ from rich.text import Text
 
 from ptp.cli.common import console
 from ptp.config import Mode, Tracker
-from ptp.data.columns import FIRST_MESSAGE
 from ptp.stages.distill import CHAT_MODES, Answers, Example, Survey
 
 MODES: dict[Mode, str] = {
@@ -29,10 +28,7 @@ SHOWN_CHARACTERS = 1500
 
 def ask(found: Survey, answers: Answers) -> Answers:
     """Ask for what is open; defaults are what suits model and data. Raises `KeyboardInterrupt` on Ctrl-C."""
-    shape = found.shape
-    columns = ", ".join(shape.columns) or "none with text"
-    chats = f"; chats in '{shape.column}' ({shape.kind})" if shape.kind in FIRST_MESSAGE else ""
-    console.print(f"{found.num_rows:,} rows; text columns: {columns}{chats}")
+    console.print(found.described)
     mode: Mode = _answer(
         questionary.select(
             "What should the adapter learn from?",
@@ -52,7 +48,7 @@ def ask(found: Survey, answers: Answers) -> Answers:
     elif answers.column is None and len(found.columns(mode)) > 1:
         column = questionary.select("Which column holds the texts?", list(found.columns(mode)))
         answers = replace(answers, column=_answer(column))
-    if mode in CHAT_MODES and "system" in shape.roles:
+    if mode in CHAT_MODES and "system" in found.shape.roles:
         keep = questionary.confirm("Keep system messages?", default=not answers.drop_system)
         answers = replace(answers, drop_system=not _answer(keep))
     if mode == "prompt-distill":

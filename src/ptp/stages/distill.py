@@ -42,6 +42,15 @@ class Survey:
     context: int | None
 
     @property
+    def described(self) -> str:
+        """One line on the data."""
+        rows = f"{self.num_rows:,} {'row' if self.num_rows == 1 else 'rows'}"
+        columns = ", ".join(self.shape.columns) or "none with text"
+        is_chats = self.shape.kind in FIRST_MESSAGE
+        chats = f"; chats in '{self.shape.column}' ({self.shape.kind})" if is_chats else ""
+        return f"{rows}; text columns: {columns}{chats}"
+
+    @property
     def mode(self) -> Mode:
         """The mode that suits the data; chats are answered only if the model has a template for them."""
         mode = default_mode(self.shape)
