@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from ptp.calibration import Calibration
 from ptp.config import PTPConfig
 from ptp.errors import AdapterError
-from ptp.files import appearing, write_atomically
+from ptp.files import write_atomically
 from ptp.model.gated_lora import GatedLoRA, lora_layers
 from ptp.model.hub import download, is_hub_id
 from ptp.model.loading import is_packed
@@ -284,10 +285,16 @@ def _plain_name(base_model: nn.Module, name: str) -> str:
 
 
 def _write(path: Path, write: Any) -> None:
-    with appearing(path) as temporary:
+    """The file appears whole or not at all; who writes more than one says what a full disk means for them."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
         write(temporary)
-        # safetensors makes files that nobody else may read.
-        temporary.chmod(0o666 & ~_umask())
+        # Both this file and safetensors' would be for the user alone.
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _umask() -> int:
