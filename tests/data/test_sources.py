@@ -40,7 +40,7 @@ def write(tmp_path: Path) -> Callable[[str, str | bytes], str]:
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         data = content.encode() if isinstance(content, str) else content
-        file.write_bytes(gzip.compress(data) if name.endswith(".gz") and isinstance(content, str) else data)
+        file.write_bytes(gzip.compress(data, mtime=0) if name.endswith(".gz") and isinstance(content, str) else data)
         return str(file)
 
     return write
@@ -468,8 +468,8 @@ def test_a_malformed_file_of_a_folder_is_named(write: Callable, tmp_path: Path) 
     [
         ("a.csv", "a,b,a\n1,2,3\n", "two columns have the same name; the header is a, b, a"),
         ("a.jsonl.gz", b'{"a": 1}', "cannot be read: Not a gzipped file"),
-        ("a.txt.gz", gzip.compress(b"some text" * 99)[:-9], "cannot be read: Compressed file ended"),
-        ("a.txt.gz", gzip.compress(b"some text")[:-8] + bytes(8), "cannot be read: CRC check failed"),
+        ("a.txt.gz", gzip.compress(b"some text" * 99, mtime=0)[:-9], "cannot be read: Compressed file ended"),
+        ("a.txt.gz", gzip.compress(b"some text", mtime=0)[:-8] + bytes(8), "cannot be read: CRC check failed"),
         ("a.parquet", b"PAR1 and no more", "not a readable parquet file (Parquet magic bytes not found"),
         ("a.parquet", b"", "not a readable parquet file (Parquet file size is 0 bytes)"),
         ("a.arrow", b"no arrow", "cannot be loaded: "),
