@@ -33,7 +33,7 @@ class TextStream:
         self.incomplete.append(token)
         try:
             text = self.decoding.step(self.tokenizer, token)
-        except Exception:
+        except Exception:  # the library has no class of its own for it
             # Some decoders, such as WordPiece's, write a token otherwise once they see the next.
             self.decoding = self._decoding(())
             text = self.decoding.step(self.tokenizer, token)

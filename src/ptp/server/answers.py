@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, cast
@@ -70,7 +71,7 @@ class TextChunkChoice(CompletionChoice):
 
 
 @dataclass
-class Writer:
+class Writer(ABC):
     """Writes the answers to one request. seed: of its choices; choice i is the sequence i."""
 
     model: str
@@ -88,21 +89,21 @@ class Writer:
             prompt_tokens=self.num_prompt_tokens, completion_tokens=self.num_tokens, total_tokens=total
         )
 
+    @abstractmethod
     def begin(self, index: int) -> BaseModel | None:
         """The chunk before those of a choice's calls."""
-        raise NotImplementedError
 
+    @abstractmethod
     def chunk(self, index: int, call: Call) -> BaseModel:
         """What a call adds to a choice."""
-        raise NotImplementedError
 
+    @abstractmethod
     def usage_chunk(self) -> BaseModel:
         """The chunk behind all others that counts tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def whole(self, choices: Sequence[Sequence[Call]]) -> BaseModel:
         """The answer with all calls of each choice."""
-        raise NotImplementedError
 
     def total(self, index: int, totals: Totals) -> TotalReport:
         return TotalReport(

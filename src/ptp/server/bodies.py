@@ -11,6 +11,7 @@ adapter's own.
 from __future__ import annotations
 
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Self
@@ -76,7 +77,7 @@ class PTPOptions(_Body):
     budget: Annotated[int, Field(ge=0)] | None = None
 
 
-class Body(_Body):
+class Body(_Body, ABC):
     """What both kinds of request share."""
 
     model_config = ConfigDict(extra="allow")
@@ -127,13 +128,13 @@ class Body(_Body):
         return self.max_tokens
 
     @property
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """See `ptp.decoding.requests.Request`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def prompts(self, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """Token ids of what is to be completed."""
-        raise NotImplementedError
 
 
 class ChatBody(Body):

@@ -250,8 +250,9 @@ class Engine:
                 logger.exception("a request failed as it entered")
                 self._settle(answer, "error", Failure())
                 self._move_to_new_session()
-            self.metrics.prompt_tokens.inc(len(answer.request.prompt_ids))
-            self.metrics.running.set(len(self._running))
+            else:
+                self.metrics.prompt_tokens.inc(len(answer.request.prompt_ids))
+                self.metrics.running.set(len(self._running))
 
     def _step(self) -> None:
         try:
