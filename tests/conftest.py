@@ -104,13 +104,17 @@ def tiny_gpt2() -> Callable[..., GPT2LMHeadModel]:
 
 @pytest.fixture(scope="session")
 def random_adapter() -> Callable[..., PTPModel]:
-    """Fills every lora_B with noise, so that a model drafts wrongly in every way; returns the model."""
+    """Fills every lora_B, chain and blur with noise, so that a model drafts wrongly in every way; returns the model."""
 
     def fill(model: PTPModel, std: float = 1.0, seed: int = 0) -> PTPModel:
         generator = torch.Generator().manual_seed(seed)
         for layer in lora_layers(model).values():
             with torch.no_grad():
                 layer.lora_B.normal_(std=std, generator=generator)
+        for part in (model.chain, model.blur):
+            for parameter in part.parameters() if part is not None else ():
+                with torch.no_grad():
+                    parameter.normal_(std=std, generator=generator)
         return model
 
     return fill

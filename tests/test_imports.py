@@ -21,6 +21,7 @@ FOUNDATION = {
     "records",
     "files",
     "processes",
+    "soft_pick",
     "cache",
     "attention",
     "layer_kinds",

@@ -102,14 +102,17 @@ def test_the_base_model_s_own_text_has_no_impossible_pair(script: Callable, tiny
 def test_windows_are_proposed_as_the_decoder_proposes_them(
     variant: str, script: Callable, tiny_llama: Callable, random_adapter: Callable
 ) -> None:
-    config = PTPConfig(variant=variant, window=4, lora_rank=2)
+    config = PTPConfig(variant=variant, pick="exact", chain=0, window=4, lora_rank=2)
     model = random_adapter(PTPModel(tiny_llama(), config)).eval()
     model.rule = RULE
     rng = np.random.default_rng(0)
     documents = [Document(rng.integers(3, 40, size=20).astype(np.int32), ((5, 20),), number=n) for n in range(3)]
     batch = collate([make_stream(Documents.of(documents), CONFIG.model_copy(update={"beta": 1.0}), 4)[0]])
     for start, u, proposed in zip(
-        batch["starts"][0].tolist(), batch["z"][0], script("independent").propose(model, batch, RULE)[0], strict=True
+        batch["starts"][0].tolist(),
+        batch["z"][0],
+        script("independent").proposed_windows(model, batch, RULE)[0],
+        strict=True,
     ):
         context = batch["ids"][0, start - int(batch["positions"][0, start]) : start]
         session = Decoder(model, RULE, budget=config.window).session()

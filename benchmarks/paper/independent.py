@@ -38,10 +38,10 @@ from ptp.data.documents import Documents
 from ptp.data.packing import collate
 from ptp.model.head import project
 from ptp.model.loading import load_base_model
+from ptp.model.proposal import propose
 from ptp.model.ptp_model import PTPModel, end_token_ids, states_before
 from ptp.sampling import SamplingRule, interval, pick, warp
 from ptp.stages.train import training_data
-from ptp.training.metrics import predictions
 from ptp.training.objective import make_stream
 
 ARMS = {
@@ -101,7 +101,7 @@ def count_pairs(possible: Tensor, counted: Tensor) -> Pairs:
 
 
 @torch.no_grad()
-def propose(model: PTPModel, batch: dict[str, Tensor], rule: SamplingRule) -> Tensor:
+def proposed_windows(model: PTPModel, batch: dict[str, Tensor], rule: SamplingRule) -> Tensor:
     """Windows proposed with uniform u, (B, N, 1 + D): the bonus token, which the base model says, and the drafts."""
     config, ids = model.ptp_config, batch["ids"]
     everywhere = torch.ones_like(ids, dtype=torch.float32)
@@ -111,7 +111,7 @@ def propose(model: PTPModel, batch: dict[str, Tensor], rule: SamplingRule) -> Te
     bonus = pick(warp(model.logits(states_before(batch["starts"], output.context)), rule), output.u[..., 0])
     logits = model.logits(output.windows).unflatten(1, (-1, config.window))
     u = output.u[..., config.shift + 1 :][..., : config.window]
-    tokens, _ = predictions(logits, logits.logsumexp(-1), u, config, rule)
+    tokens, _ = propose(config, rule, logits, u)
     return torch.cat([bonus.unsqueeze(-1), tokens[..., config.lead :]], dim=-1)
 
 
@@ -146,7 +146,7 @@ def impossible_pairs(
         batch = {name: tensor.to(model.device) for name, tensor in collate([stream[item]]).items()}
         ids, starts, positions = (batch[name][0] for name in ("ids", "starts", "positions"))
         inside = starts + window < len(ids)  # u of a window that runs past the sequence is not at hand
-        proposed = propose(model, batch, rule)[0][inside]
+        proposed = proposed_windows(model, batch, rule)[0][inside]
         contexts = [ids[start - int(positions[start]) : start] for start in starts[inside].tolist()]
         for begin in range(0, len(contexts), ROWS):
             part = slice(begin, begin + ROWS)

@@ -33,6 +33,9 @@ from ptp.training.metrics import WindowMetrics
 from ptp.training.objective import evaluate_windows
 from ptp.training.trainer import PTPTrainer
 
+WINDOWS = ("model.variant=one_hot", "model.pick=exact", "model.chain=0", "train.distillation=0")
+"""The paper's: what a position proposes comes out of one call, of u alone."""
+
 FIRST_INDICES = 3
 """Window indices whose accuracy tables show, from the first draft's on."""
 
@@ -50,7 +53,7 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 def open_arm(options: argparse.Namespace, *overrides: str, seed: int = 0) -> Experiment:
     """The experiment with an arm's settings on top of the ones given for all."""
     length = (f"train.max_steps={options.steps}", "train.num_epochs=null")
-    return Experiment.load(options.directory, [*length, *options.overrides, *overrides, f"train.seed={seed}"])
+    return Experiment.load(options.directory, [*WINDOWS, *length, *options.overrides, *overrides, f"train.seed={seed}"])
 
 
 def train(experiment: Experiment, documents: Documents) -> PTPModel:

@@ -37,8 +37,12 @@ class StudentConfig(Record):
 class PTPConfig(Record):
     """What makes a base model a PTP model.
 
-    variant: "categorical" (C-PTP) outputs the distribution of the token after each u, which `pick` turns into a
-        token; "one_hot" (O-PTP) outputs the token itself as the argmax.
+    variant: "categorical" (C-PTP) outputs the distribution of the token after each u, in which u picks the token;
+        "one_hot" (O-PTP) outputs the token itself as the argmax.
+    pick: how u picks (categorical only): "soft" learns how far the distribution may be off (see `ptp.soft_pick`),
+        "exact" trusts it.
+    chain, chain_size: how many tokens directly before a draft its prediction is corrected by, 0 for none, and the
+        hidden numbers of that correction (see `ptp.model.proposal`).
     window: L, window positions trained together, and the most positions one branch may have in decoding.
     auxiliary, auxiliary_size: name and size of the embedding of u (see `ptp.model.auxiliary`).
     anchor: add the embedding of the last context token to no window position, the "first", or "all".
@@ -48,7 +52,10 @@ class PTPConfig(Record):
         lora_ settings say nothing.
     """
 
-    variant: Literal["one_hot", "categorical"] = "one_hot"
+    variant: Literal["one_hot", "categorical"] = "categorical"
+    pick: Literal["soft", "exact"] = "soft"
+    chain: int = Field(2, ge=0)
+    chain_size: int = Field(512, ge=1)
     window: int = Field(16, ge=1)
     auxiliary: str = "binary"
     auxiliary_size: int = Field(32, ge=2)
@@ -58,6 +65,11 @@ class PTPConfig(Record):
     lora_targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     trained: Literal["lora", "all"] = "lora"
     student: StudentConfig | None = None
+
+    @property
+    def picks_softly(self) -> bool:
+        """Whether what a window position proposes is a soft pick."""
+        return self.variant == "categorical" and self.pick == "soft"
 
     @property
     def trains_all(self) -> bool:

@@ -76,6 +76,12 @@ class ExperimentConfig(Record):
                 "train.objective inverse_autoregressive needs model.variant categorical: a one_hot window has no "
                 "distribution to draw u under"
             )
+        if self.model.chain or self.model.pick != "exact":
+            raise ValueError(
+                "train.objective inverse_autoregressive draws u under the windows' own distributions, which neither a "
+                f"chain nor a soft pick has: set model.chain to 0 and model.pick to exact; got {self.model.chain} and "
+                f"{self.model.pick}"
+            )
         if not self.sampling.gives_all_tokens:
             raise ValueError(
                 "train.objective inverse_autoregressive needs an interval for every token: set sampling.top_k to 0, "

@@ -41,6 +41,9 @@ def random_model(bases: list[PreTrainedModel], random_adapter: Callable, seed: i
         auxiliary_size=rng.choice([2, 8]),
         anchor=rng.choice(["none", "first", "all"]),
         lora_rank=rng.choice([1, 4]),
+        pick=rng.choice(["soft", "exact"]),
+        chain=rng.choice([0, 1, 2, 5]),
+        chain_size=rng.choice([4, 16]),
     )
     torch.manual_seed(seed)
     model = random_adapter(PTPModel(deepcopy(base), config), std=rng.choice([0.0, 0.1, 1.0, 10.0]), seed=seed)

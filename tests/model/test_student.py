@@ -29,6 +29,7 @@ from ptp.errors import AdapterError, ConfigError
 from ptp.evaluation.experiment_report import verify_experiment
 from ptp.experiment import Experiment, ExperimentConfig
 from ptp.model.adapter import fingerprint, read_settings
+from ptp.model.proposal import propose
 from ptp.model.ptp_model import PTPModel
 from ptp.model.student import StudentModel
 from ptp.scaling import build_student
@@ -36,7 +37,6 @@ from ptp.stages import train as stage
 from ptp.stages.pregenerate import import_completions, pregenerate
 from ptp.stages.train import read_training_result, train
 from ptp.training.checkpoints import last_complete_checkpoint
-from ptp.training.metrics import predictions
 from ptp.training.objective import evaluate_windows, make_stream
 from ptp.training.trainer import PTPTrainer
 
@@ -131,11 +131,11 @@ def test_what_the_backward_pass_computes_again_is_not_counted_again(
 ) -> None:
     judged: list[int] = []
 
-    def counted(logits: Tensor, *given: Any) -> Tensor:
+    def counted(config: PTPConfig, rule: Any, logits: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
         judged.append(len(logits))
-        return predictions(logits, *given)
+        return propose(config, rule, logits, *given)
 
-    monkeypatch.setattr("ptp.training.objective.predictions", counted)
+    monkeypatch.setattr("ptp.training.losses.propose", counted)
     model, batch = new_student(variant="categorical"), batch_of(documents)
     step_loss(model, batch).backward()
     assert len(judged) == 1

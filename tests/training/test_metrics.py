@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from ptp.config import PTPConfig
+from ptp.model.proposal import propose
 from ptp.sampling import SamplingRule
 from ptp.training.losses import Targets
-from ptp.training.metrics import WindowMetrics, predictions
+from ptp.training.metrics import WindowMetrics
 
 # One window a word: r right, w wrong, m right but without mass, . past the document's end.
 WINDOWS = ["rrr", "rwr", "rr.", "wmr"]
@@ -111,6 +112,7 @@ def test_predictions_are_what_decoding_drafts() -> None:
     for u, token in [(0.0, 0), (edges[0] + 0.01, 1), (edges[1] + 0.01, 2)]:
         u = torch.tensor([u])
         for variant, expected in (("categorical", token), ("one_hot", 1)):
-            proposed, confidence = predictions(logits + 3, torch.tensor([3.0]), u, PTPConfig(variant=variant), rule)
+            config = PTPConfig(variant=variant, pick="exact")
+            proposed, confidence = propose(config, rule, logits + 3, u, totals=torch.tensor([3.0]))
             assert proposed.tolist() == [expected]
             assert confidence.tolist() == pytest.approx([logits.exp()[0, expected].item()])

@@ -20,12 +20,14 @@ from torch import Tensor
 from ptp.cache import SlotCache
 from ptp.decoding.allocation import allocate
 from ptp.decoding.budget import Policy
+from ptp.decoding.drafting import draft
 from ptp.decoding.layout import CallLayout, CallShape, RowLayout, call_layout, call_mask, key_positions
 from ptp.decoding.requests import Request
 from ptp.decoding.verification import Logprobs, Verified, by_rule, logprobs, sampled, verify
 from ptp.errors import DecodingError
+from ptp.model.proposal import UNKNOWN
 from ptp.model.ptp_model import PTPModel
-from ptp.sampling import LogitsOf, SamplingRule, pick, probability, warp
+from ptp.sampling import LogitsOf, SamplingRule, pick, warp
 
 PREFILL_CHUNK = 512
 """Prompt tokens run ahead of the first call at a time, so that its mask stays small."""
@@ -87,24 +89,36 @@ class Outcome:
 class _Reading:
     """A forward call of B texts. tokens: (B, gate_start), at its verify positions. u: (B, longest), of each text.
 
-    written: (B, 1), tokens that each has. states: (B, T, H), or logits (B, T, V) of all positions where head is None.
+    recent: (B, chain), the tokens before those, the nearest last. written: (B, 1), tokens that each text has. states:
+    (B, T, H); logits: (B, n, V) of the first n positions, if they were made at once.
     """
 
     layout: CallLayout
     tokens: Tensor
+    recent: Tensor
     u: Tensor
     written: Tensor
     states: Tensor
-    head: LogitsOf | None
+    logits: Tensor | None
+    head: LogitsOf
+
+    def states_at(self, index: Tensor) -> Tensor:
+        """Hidden states (B, n, H) at positions (B, n)."""
+        return _rows(self.states, index)
 
     def logits_at(self, index: Tensor) -> Tensor:
-        """Logits (B, n, V) at positions (B, n)."""
-        rows = self.states.gather(1, index.unsqueeze(-1).expand(-1, -1, self.states.shape[-1]))
-        return rows if self.head is None else self.head(rows)
+        """Logits (B, n, V) at positions (B, n), of those that were made at once if they were."""
+        return self.head(self.states_at(index)) if self.logits is None else _rows(self.logits, index)
 
     def u_at(self, place: Tensor) -> Tensor:
         """u (B, n) at places (B, n) or (n,) behind the tokens written; past the end, the last, which is not used."""
         return self.u.gather(1, (self.written + place).clamp(max=self.u.shape[1] - 1))
+
+    def tokens_until(self, index: Tensor, num_tokens: int) -> Tensor:
+        """The tokens (B, num_tokens) up to a verify position (B, 1), the nearest first."""
+        tokens = torch.cat([self.recent, self.tokens], dim=1)
+        steps = torch.arange(num_tokens, device=index.device)
+        return tokens.gather(1, index + self.recent.shape[1] - steps)
 
 
 class Session:
@@ -253,6 +267,7 @@ class Session:
         shape, width = CallShape.of(layouts), None
         cached, written = [text.num_cached for text in texts], [text.num_written for text in texts]
         ids = [text.tokens[text.num_cached :] + text.drafts for text in texts]
+        before = [_last(text.tokens[: text.num_cached], config.chain) for text in texts]
         numbers = [text.request.u for text in texts]
         compiled = self.layers is not None and shape.gate_start <= 1 + config.num_drafts
         if compiled:
@@ -261,12 +276,15 @@ class Session:
             idle = self.num_slots - len(texts)
             layouts = [*layouts, *[RowLayout(1, 0, (0,))] * idle]
             cached, written = cached + [width - shape.num_positions] * idle, written + [0] * idle
-            ids, numbers = ids + [[0]] * idle, numbers + [numbers[0]] * idle
+            ids, before = ids + [[0]] * idle, before + [[UNKNOWN] * config.chain] * idle
+            numbers = numbers + [numbers[0]] * idle
         layout = call_layout(layouts, shape, config.shift, device)
         # What differs from call to call goes to the device in one piece.
-        rows = zip(cached, written, ids, strict=True)
-        state = torch.tensor([[*row[:2], *row[2], *[0] * (shape.gate_start - len(row[2]))] for row in rows])
-        lengths, done, tokens = state.to(device, non_blocking=True).split([1, 1, shape.gate_start], dim=1)
+        rows = zip(cached, written, before, ids, strict=True)
+        state = torch.tensor(
+            [[*row[:2], *row[2], *row[3], *[0] * (shape.gate_start - len(row[3]))] for row in rows]
+        ).to(device, non_blocking=True)
+        lengths, done, recent, tokens = state.split([1, 1, config.chain, shape.gate_start], dim=1)
         u = torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True) if len(numbers) > 1 else numbers[0].unsqueeze(0)
 
         inputs = tokens
@@ -287,9 +305,10 @@ class Session:
             layers=self.layers if compiled else None,
         )
 
-        if len(layouts) * shape.num_positions <= ONE_READING:
-            return _Reading(layout, tokens, u, done, self.head(hidden), None)
-        return _Reading(layout, tokens, u, done, hidden, self.head)
+        # A chain's positions have logits of their own, one after the other.
+        num_read = shape.num_positions if self.model.chain is None else shape.gate_start
+        logits = self.head(hidden[:, :num_read]) if len(layouts) * num_read <= ONE_READING else None
+        return _Reading(layout, tokens, recent, u, done, hidden, logits, self.head)
 
     def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> list[Outcome]:
         """One forward call: what it verifies, and what it drafts."""
@@ -365,33 +384,28 @@ class Session:
         num_accepted: (B, 1), which they are. bonus: (B, 1), the tokens before their first drafts. widest: positions of
         the widest; what lies past a branch's own is padding. rules: (B,).
         """
-        lead, device = self.model.ptp_config.lead, bonus.device
-        index = reading.layout.starts.gather(1, num_accepted) + torch.arange(widest, device=device)
-        logits = reading.logits_at(index.clamp(max=reading.layout.offset.shape[1] - 1))
-        u = reading.u_at(num_accepted + 1 + torch.arange(widest - lead, device=device))
-        return self._drafts(logits, u, bonus, rules)
-
-    def _drafts(self, logits: Tensor, u: Tensor, bonus: Tensor, rules: Sequence[SamplingRule]) -> list[Tensor]:
-        """Drafts and calibrated confidences, (B, drafts) each, of a branch's logits (B, lead + drafts, V).
-
-        u: (B, drafts), of the drafts' own places. bonus: (B, 1), which O-PTP's first row has foreseen or not.
-        """
-        calibration = self.model.calibration
-        if self.model.ptp_config.variant == "one_hot":
-            best = logits.float().softmax(-1).max(-1)
-            return [best.indices[:, 1:], calibration(best.values[:, 1:], foreseen=best.indices[:, :1] == bonus)]
-        drafts, confidences = by_rule(rules, _picked_with_probability, logits, u)
-        return [drafts, calibration(confidences)]
+        model, layout, device = self.model, reading.layout, bonus.device
+        steps = torch.arange(widest, device=device)
+        index = (layout.starts.gather(1, num_accepted) + steps).clamp(max=layout.offset.shape[1] - 1)
+        u = reading.u_at(num_accepted + 1 - model.ptp_config.lead + steps)
+        before = reading.tokens_until(layout.verify.gather(1, num_accepted), model.ptp_config.chain)
+        if model.chain is None:
+            return draft(model, rules, reading.states_at(index), lambda _: reading.logits_at(index), u, bonus, before)
+        return draft(model, rules, reading.states_at(index), self.head, u, bonus, before)
 
 
 def _picked(rule: SamplingRule, logits: Tensor, u: Tensor) -> list[Tensor]:
     return [pick(warp(logits, rule), u)]
 
 
-def _picked_with_probability(rule: SamplingRule, logits: Tensor, u: Tensor) -> list[Tensor]:
-    distribution = warp(logits, rule)
-    tokens = pick(distribution, u)
-    return [tokens, probability(distribution, tokens)]
+def _rows(values: Tensor, index: Tensor) -> Tensor:
+    """Of values (B, T, D), those at positions (B, n): (B, n, D)."""
+    return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
+
+
+def _last(tokens: Sequence[int], count: int) -> list[int]:
+    """The last tokens of a text, so many; `UNKNOWN` before its beginning."""
+    return [*[UNKNOWN] * (count - len(tokens)), *tokens[max(0, len(tokens) - count) :]]
 
 
 def _logprobs(text: Text, logits: Tensor, verified: Verified) -> list[Logprobs] | None:

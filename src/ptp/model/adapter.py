@@ -2,7 +2,7 @@
 
 adapter_config.json         PEFT's LoRA configuration, with its gate (aLoRA)
 adapter_model.safetensors   LoRA weights under PEFT's names
-auxiliary.safetensors       the embedding of u
+auxiliary.safetensors       the embedding of u, and what corrects and reads the windows' states (`ptp.model.proposal`)
 custom_generate/            the code by which transformers' `generate` decodes with the adapter
 ptp_config.json             our settings: PTPConfig, sampling rule, acceptance profile, calibration of confidences, base
                             model and its hash
@@ -45,6 +45,9 @@ FILES = (PEFT_CONFIG, LORA_WEIGHTS, AUXILIARY_WEIGHTS, SETTINGS)
 CODE = ("custom_generate/generate.py", "custom_generate/requirements.txt")
 """Beside them, what transformers' `generate` runs."""
 
+BEFORE_CHAINS = {"pick": "exact", "chain": 0}
+"""What adapters of format version 1 do not say."""
+
 NO_TOKEN = -1
 """What would open the gate in PEFT by itself, were it in a text: it is opened by `alora_offsets` alone."""
 
@@ -59,7 +62,7 @@ class AdapterSettings(Record):
     calibration: of the drafts' confidences.
     """
 
-    format_version: int = 1
+    format_version: int = 2
     base_model: str
     base_fingerprint: str
     config: PTPConfig
@@ -113,7 +116,10 @@ def find_adapter(directory: str | Path, *, revision: str | None = None, token: s
 def read_settings(adapter: Path) -> AdapterSettings:
     """ptp_config.json, checked. Raises `AdapterError` if it is corrupt."""
     try:
-        return AdapterSettings(**json.loads((adapter / SETTINGS).read_text()))
+        stored = dict(json.loads((adapter / SETTINGS).read_text()))
+        if stored.get("format_version") == 1:
+            stored["config"] = BEFORE_CHAINS | stored["config"]
+        return AdapterSettings(**stored)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{adapter / SETTINGS} is not a valid adapter configuration: {error}") from None
 
@@ -132,15 +138,16 @@ def refer_to_base_model(adapter: Path, name: str) -> str:
 def save_adapter(
     directory: Path,
     base_model: nn.Module,
-    auxiliary: nn.Module,
+    added: Mapping[str, Tensor],
     settings: AdapterSettings,
     is_main_process: bool = True,
 ) -> None:
     """Write an adapter directory; each file appears whole or not at all, the settings last.
 
-    Every process calls it that holds a shard of the weights, and the main one writes.
+    added: what of the adapter is no LoRA, by name. Every process calls it that holds a shard of the weights, and the
+    main one writes.
     """
-    lora_weights, auxiliary_weights = gathered(_lora_weights(base_model)), gathered(auxiliary.state_dict())
+    lora_weights, auxiliary_weights = gathered(_lora_weights(base_model)), gathered(added)
     if not is_main_process:
         return
     directory.mkdir(parents=True, exist_ok=True)
@@ -160,11 +167,11 @@ def save_adapter(
     write_settings(directory, settings)
 
 
-def load_weights(directory: Path, base_model: nn.Module, auxiliary: nn.Module, config: PTPConfig) -> None:
-    """Fill gated layers and embedding from an adapter directory; every key must match in name and shape."""
+def load_weights(directory: Path, base_model: nn.Module, added: Mapping[str, Tensor], config: PTPConfig) -> None:
+    """Fill gated layers and what else there is from an adapter directory; every key must match in name and shape."""
     check_peft_config(directory, config)
     fill(directory / LORA_WEIGHTS, _lora_weights(base_model))
-    fill(directory / AUXILIARY_WEIGHTS, dict(auxiliary.named_parameters()))
+    fill(directory / AUXILIARY_WEIGHTS, added)
 
 
 def write_code(directory: Path) -> None:
@@ -203,10 +210,9 @@ def weights_hash(adapter: Path) -> str:
     return digest.hexdigest()
 
 
-def adapter_parameters(base_model: nn.Module, auxiliary: nn.Module) -> list[nn.Parameter]:
-    """What an adapter adds to a base model."""
-    layers = lora_layers(base_model).values()
-    return [weight for layer in layers for weight in (layer.lora_A, layer.lora_B)] + list(auxiliary.parameters())
+def lora_parameters(base_model: nn.Module) -> list[nn.Parameter]:
+    """The weights of the gated layers."""
+    return [weight for layer in lora_layers(base_model).values() for weight in (layer.lora_A, layer.lora_B)]
 
 
 def write_settings(directory: Path, settings: AdapterSettings) -> None:

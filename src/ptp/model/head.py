@@ -22,8 +22,8 @@ from ptp.sampling import LogitsOf
 ROWS = 512
 """Rows of logits in memory at a time."""
 
-RowLoss = Callable[[Tensor, slice], Tensor]
-"""Loss, a sum, of some rows: their logits (R, V), and which they are."""
+RowLoss = Callable[..., Tensor]
+"""Loss, a sum, of some rows: their logits (R, V), further numbers of theirs, each (R,), and which they are, a slice."""
 
 
 @dataclass
@@ -70,42 +70,46 @@ def output_head(base_model: PreTrainedModel) -> LogitsOf:
     return partial(project, base_model)
 
 
-def summed_loss(base_model: PreTrainedModel, hidden: Tensor, row_loss: RowLoss) -> Tensor:
+def summed_loss(base_model: PreTrainedModel, row_loss: RowLoss, hidden: Tensor, *numbers: Tensor) -> Tensor:
     """The sum of a loss over rows of hidden states (R, H), whose logits are made and forgotten `ROWS` at a time.
 
-    With a frozen head, gradients of the hidden states are computed on the way, so that no logits are made twice; with
-    one that learns, they are made again in the backward pass.
+    numbers: (R,), what else of a row the loss has a gradient in. With a frozen head, gradients are computed on the way,
+    so that no logits are made twice; with one that learns, they are made again in the backward pass.
     """
     parts = [slice(begin, begin + ROWS) for begin in range(0, len(hidden), ROWS)]
 
-    def loss_of(rows: Tensor, part: slice) -> Tensor:
-        return row_loss(project(base_model, rows), part)
+    def loss_of(part: slice, states: Tensor, *own: Tensor) -> Tensor:
+        return row_loss(project(base_model, states), *own, part)
 
+    rows = (hidden, *numbers)
     if not torch.is_grad_enabled() or not hidden.requires_grad:
-        return sum((loss_of(hidden[part], part) for part in parts), hidden.new_zeros((), dtype=torch.float32))
+        losses = (loss_of(part, *(values[part] for values in rows)) for part in parts)
+        return sum(losses, hidden.new_zeros((), dtype=torch.float32))
     if any(parameter.requires_grad for parameter in base_model.get_output_embeddings().parameters()):
-        losses = [checkpoint(loss_of, hidden[part], part, use_reentrant=False) for part in parts]
-        return torch.stack(losses).sum() if losses else hidden.sum() * 0
-    return _EagerGradient.apply(hidden, loss_of, parts)
+        sums = [checkpoint(loss_of, part, *(values[part] for values in rows), use_reentrant=False) for part in parts]
+        return torch.stack(sums).sum() if sums else hidden.sum() * 0
+    return _EagerGradient.apply(loss_of, parts, *rows)
 
 
 class _EagerGradient(torch.autograd.Function):
     """A sum of losses of parts, each differentiated while its logits are there."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, loss_of: RowLoss, parts: list[slice]) -> Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
-        gradient = torch.zeros_like(hidden)
+    def forward(ctx: Any, loss_of: Callable[..., Tensor], parts: list[slice], *rows: Tensor) -> Tensor:
+        total = rows[0].new_zeros((), dtype=torch.float32)
+        gradients = [torch.zeros_like(values) for values in rows]
         for part in parts:
             with torch.enable_grad():
-                rows = hidden[part].detach().requires_grad_()
-                loss = loss_of(rows, part)
-                (gradient[part],) = torch.autograd.grad(loss, rows)
+                own = [values[part].detach().requires_grad_() for values in rows]
+                loss = loss_of(part, *own)
+                for gradient, found in zip(gradients, torch.autograd.grad(loss, own, allow_unused=True), strict=True):
+                    if found is not None:
+                        gradient[part] = found
             total += loss.detach()
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        gradients: tuple[Tensor, ...] = ctx.saved_tensors
+        return (None, None, *(gradient * grad_outputs[0].to(gradient.dtype) for gradient in gradients))

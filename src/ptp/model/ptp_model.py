@@ -24,10 +24,10 @@ from ptp.errors import AdapterError
 from ptp.layer_kinds import context_length
 from ptp.model.adapter import (
     AdapterSettings,
-    adapter_parameters,
     find_adapter,
     fingerprint,
     load_weights,
+    lora_parameters,
     read_settings,
     refer_to_base_model,
     resolve_base_model,
@@ -42,6 +42,7 @@ from ptp.model.head import layers_of, project
 from ptp.model.hub import upload
 from ptp.model.loading import load_base_model, to_dtype
 from ptp.model.masks import context_mask, window_mask
+from ptp.model.proposal import Blur, Chain
 from ptp.model.repository import write_repository
 from ptp.sampling import SamplingRule, inside, row_intervals, token_intervals
 
@@ -64,7 +65,8 @@ class TrainingPass:
 class PTPModel(nn.Module):
     """Wraps any causal LM; the base model's linear layers are replaced in place by gated ones.
 
-    With the gate shut the model is the base model, bit for bit. Only the LoRA and the auxiliary embedding train.
+    With the gate shut the model is the base model, bit for bit. Only what is added trains: the LoRA, the embedding
+    of u, and what makes proposals of the states of windows.
     """
 
     learns_to_read = False
@@ -82,13 +84,15 @@ class PTPModel(nn.Module):
         self.gate = Gate()
         self.prepare_weights()
         check_calls(base_model, self.gate)
-        tokens = self.token_embedding.weight.detach()
+        tokens, config = self.token_embedding.weight.detach(), self.ptp_config
+        hidden_size = tokens.shape[1]
+        self.embedding_scale = float(tokens.float().square().mean().sqrt())
         self.auxiliary = make_auxiliary_embedding(
-            self.ptp_config.auxiliary,
-            self.ptp_config.auxiliary_size,
-            tokens.shape[1],
-            float(tokens.float().square().mean().sqrt()),
+            config.auxiliary, config.auxiliary_size, hidden_size, self.embedding_scale
         ).to(tokens.device)
+        chains, blurs = config.chain > 0, config.picks_softly
+        self.chain = Chain(config.chain, config.chain_size, hidden_size).to(tokens.device) if chains else None
+        self.blur = Blur(hidden_size).to(tokens.device) if blurs else None
         self.base_fingerprint = fingerprint(base_model)
         self.rule: SamplingRule | None = None
         self.survival: tuple[float, ...] = tuple(0.5**k for k in range(1, self.ptp_config.num_drafts + 1))
@@ -128,7 +132,7 @@ class PTPModel(nn.Module):
         model.rule, model.survival, model.calibration = settings.rule, settings.survival, settings.calibration
         model.base_fingerprint = found
         # Not the base model's own, of which some stay in float32 in models of half precision.
-        for parameter in adapter_parameters(model.base_model, model.auxiliary):
+        for parameter in [*lora_parameters(model.base_model), *model.added_weights().values()]:
             parameter.data = parameter.data.to(model.dtype)
         model.source = adapter
         return model.eval()
@@ -146,13 +150,23 @@ class PTPModel(nn.Module):
         return self
 
     def load_adapter(self, adapter: Path) -> None:
-        """Fill LoRA and auxiliary embedding from an adapter directory; every key and shape must match."""
-        load_weights(adapter, self.base_model, self.auxiliary, self.ptp_config)
+        """Fill what trains from an adapter directory; every key and shape must match."""
+        load_weights(adapter, self.base_model, self.added_weights(), self.ptp_config)
+
+    def added_weights(self) -> dict[str, nn.Parameter]:
+        """What is trained beside the LoRA, by the names it has in files."""
+        parts = {"": self.auxiliary, "chain.": self.chain, "blur.": self.blur}
+        return {
+            f"{prefix}{name}": parameter
+            for prefix, part in parts.items()
+            if part is not None
+            for name, parameter in part.named_parameters()
+        }
 
     def save_pretrained(self, directory: str | Path, is_main_process: bool = True) -> None:
         """Write an adapter directory (see `ptp.model.adapter`); of several processes, the main one does."""
         directory = Path(directory)
-        save_adapter(directory, self.base_model, self.auxiliary, self.settings(directory), is_main_process)
+        save_adapter(directory, self.base_model, self.added_weights(), self.settings(directory), is_main_process)
 
     def push_to_hub(
         self,
@@ -225,6 +239,16 @@ class PTPModel(nn.Module):
             return embedded
         token = self.token_embedding(anchor)
         return embedded + (token if self.ptp_config.anchor == "all" else token * first.unsqueeze(-1))
+
+    def chained(self, states: Tensor, before: Tensor) -> Tensor:
+        """States (..., H) of window positions, corrected by the tokens before those that they are to propose.
+
+        before: (..., chain) int64, the nearest first, `UNKNOWN` where there is none. Without a chain, as they are.
+        """
+        if self.chain is None:
+            return states
+        known = (before >= 0).unsqueeze(-1)
+        return self.chain(states, self.token_embedding(before.clamp(min=0)) * known / self.embedding_scale)
 
     def read(
         self,

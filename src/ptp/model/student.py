@@ -3,7 +3,7 @@
 Their directory is an adapter directory with other weights:
 
 student/               the model itself, as `AutoModelForCausalLM.from_pretrained` takes it
-auxiliary.safetensors  the embedding of u
+auxiliary.safetensors  the embedding of u, and what corrects and reads the windows' states
 ptp_config.json        our settings; the base model they name is the teacher, or what was fine-tuned
 """
 
@@ -53,15 +53,15 @@ class StudentModel(PTPModel):
         """Write a student's directory; each file appears whole or not at all, the settings last."""
         directory = Path(directory)
         weights = gathered(dict(self.base_model.named_parameters()))
-        auxiliary = gathered(self.auxiliary.state_dict())
+        added = gathered(self.added_weights())
         if not is_main_process:
             return
         self.base_model.config.save_pretrained(directory / STUDENT)
         write_weights(directory / STUDENT / STUDENT_WEIGHTS, weights)
-        write_weights(directory / AUXILIARY_WEIGHTS, auxiliary)
+        write_weights(directory / AUXILIARY_WEIGHTS, added)
         write_settings(directory, self.settings(directory))
 
     def load_adapter(self, adapter: Path) -> None:
-        """Fill student and auxiliary embedding from a student's directory; every key and shape must match."""
+        """Fill student and what else there is from a student's directory; every key and shape must match."""
         fill(adapter / STUDENT / STUDENT_WEIGHTS, dict(self.base_model.named_parameters()))
-        fill(adapter / AUXILIARY_WEIGHTS, dict(self.auxiliary.named_parameters()))
+        fill(adapter / AUXILIARY_WEIGHTS, self.added_weights())

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ptp.model.head import RowLoss
+from ptp.config import PTPConfig
+from ptp.model.proposal import propose
 from ptp.sampling import LogitsOf, SamplingRule, warp
+from ptp.soft_pick import negative_log_chance
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,6 @@ def window_targets(ids: Tensor, span: Tensor, starts: Tensor, mass: Tensor, wind
     )
 
 
-Predict = Callable[[Tensor, Tensor, slice], tuple[Tensor, Tensor]]
-"""Logits (R, V) of some of the valid targets, the scores' `logsumexp` (R,), and which targets they are → tokens
-proposed and their confidences, each (R,)."""
-
-
 @dataclass(frozen=True)
 class WindowLoss:
     """What windows lose and propose.
@@ -73,30 +71,40 @@ def window_loss(
     context: Tensor,
     targets: Targets,
     weights: Tensor,
+    config: PTPConfig,
     rule: SamplingRule,
     *,
-    summed: Callable[[Tensor, RowLoss], Tensor],
+    summed: Callable[..., Tensor],
     logits_of: LogitsOf,
-    predict: Predict | None = None,
-    temperature: float = 1.0,
+    u: Tensor | None = None,
+    blur: Tensor | None = None,
     distillation: float = 0.0,
 ) -> WindowLoss:
     """Weighted sum over valid positions of −log P(target), plus `distillation` · KL(teacher ‖ window).
 
     windows: (B, N, L, H), context: (B, S, H), hidden states of windows and base model; weights: (L,). summed: sums a
-    loss over rows of hidden states, and `logits_of` makes logits of the context's, both a part at a time. Windows'
-    logits are divided by `temperature`; the teacher's distribution is the rule's, in the row before a target.
+    loss over rows of hidden states and of further numbers, and `logits_of` makes logits of the context's, both a part
+    at a time. u: (B, N, L), of the targets; without it nothing is proposed. blur: (B, N, L), for a soft pick, whose
+    P(target) is the chance that u picks it. The teacher's distribution is the rule's, in the row before a target.
     """
     # Once: how many there are is known on the device alone, and each look waits for it.
     valid = sequence, _, index = torch.nonzero(targets.valid, as_tuple=True)
     tokens, share, before = targets.token_ids[valid], weights[index], targets.index[valid] - 1
     proposed, confidences, entropies = torch.zeros_like(tokens), torch.zeros_like(share), torch.zeros_like(share)
+    numbers = u[valid] if u is not None else None
+    # C-PTP's windows are warped by the rule when they are used; the loss sees them so.
+    temperature = rule.temperature if config.variant == "categorical" and rule.temperature > 0 else 1.0
 
-    def loss(logits: Tensor, part: slice) -> Tensor:
+    def loss(logits: Tensor, *rest: Any) -> Tensor:
+        *own, part = rest
         scores = logits.float()
         if temperature != 1.0:  # the largest tensors there are: each pass over them counts
             scores = scores / temperature
-        entropy = F.cross_entropy(scores, tokens[part], reduction="none")
+        if own:
+            assert numbers is not None
+            entropy = negative_log_chance(logits, tokens[part], numbers[part], own[0], rule)
+        else:
+            entropy = F.cross_entropy(scores, tokens[part], reduction="none")
         losses = entropy
         if distillation > 0:
             with torch.no_grad():
@@ -106,18 +114,19 @@ def window_loss(
         # Last, for a backward pass that makes the logits again stops where it has what it needs.
         with torch.no_grad():
             entropies[part] = entropy
-            if predict is not None:
+            if numbers is not None:
                 # Cross-entropy has made this sum over the vocabulary; another pass would be felt.
-                totals = entropy + scores.gather(-1, tokens[part].unsqueeze(-1)).squeeze(-1)
-                proposed[part], confidences[part] = predict(logits, totals, part)
+                totals = None if own else entropy + scores.gather(-1, tokens[part].unsqueeze(-1)).squeeze(-1)
+                blurs = own[0] if own else None
+                proposed[part], confidences[part] = propose(config, rule, logits, numbers[part], blurs, totals)
         return total
 
-    total = summed(windows[valid], loss)
+    total = summed(loss, windows[valid], *([blur[valid]] if blur is not None else []))
 
     def placed(values: Tensor) -> Tensor:
         return values.new_zeros(targets.valid.shape).index_put(valid, values)
 
-    predicted = (placed(proposed), placed(confidences)) if predict is not None else None
+    predicted = (placed(proposed), placed(confidences)) if u is not None else None
     return WindowLoss(total, entropies.sum(), predicted)
 
 

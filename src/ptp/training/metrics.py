@@ -10,25 +10,7 @@ from torch import Tensor
 
 from ptp.calibration import NUM_BINS, Calibration, confidence_bin
 from ptp.config import PTPConfig
-from ptp.sampling import SamplingRule, draw, warp
 from ptp.training.losses import Targets
-
-
-def predictions(
-    logits: Tensor, totals: Tensor, target_u: Tensor, config: PTPConfig, rule: SamplingRule
-) -> tuple[Tensor, Tensor]:
-    """The token each window position proposes, and its confidence, as in decoding.
-
-    logits: (..., V); totals: (...), their `logsumexp`, which C-PTP does not read; target_u: (...). Returns int64 and
-    float32, each (...).
-    """
-    if config.variant == "one_hot":
-        best = logits.max(-1)
-        return best.indices, (best.values - totals).exp()
-    distribution = warp(logits, rule)
-    # No u lies in an interval that is no number; that there are such, the loss will tell.
-    token, lower, upper = draw(replace(distribution, upper=distribution.upper.nan_to_num(1.0)), target_u)
-    return token, upper - lower
 
 
 @dataclass(frozen=True)

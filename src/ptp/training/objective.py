@@ -14,10 +14,11 @@ from ptp.config import TrainConfig
 from ptp.data.documents import Documents
 from ptp.data.packing import WindowStream, collate
 from ptp.model.head import summed_loss
+from ptp.model.proposal import tokens_before
 from ptp.model.ptp_model import PTPModel, TrainingPass, states_before
 from ptp.sampling import SamplingRule
-from ptp.training.losses import Predict, Targets, window_loss, window_targets
-from ptp.training.metrics import WindowMetrics, predictions
+from ptp.training.losses import Targets, window_loss, window_targets
+from ptp.training.metrics import WindowMetrics
 
 EVALUATION_WINDOWS = 2000
 """Windows the acceptance profile is measured on, at least."""
@@ -88,25 +89,19 @@ def _measure(
 ) -> tuple[Tensor, WindowMetrics]:
     config, rule, first = model.ptp_config, objective.rule, objective.learns_first(model)
     targets = targets_of(batch, output.mass, model, first)
-    # C-PTP's windows are warped by the rule when they are used; the loss sees them so.
-    warped = config.variant == "categorical" and rule.temperature > 0
-    predict: Predict | None = None
-    if not objective.inverse:
-        u = output.u[..., config.shift + 1 :][..., : config.window][targets.valid]
-
-        def predict(logits: Tensor, totals: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-            return predictions(logits, totals, u[part], config, rule)
-
+    before = tokens_before(batch["ids"], batch["positions"], targets.index, config.chain)
+    states = model.chained(trained_states(output, batch, model, first), before)
     loss = window_loss(
-        trained_states(output, batch, model, first),
+        states,
         output.context,
         targets,
         objective.target_weights(model).to(batch["span"].device),
+        config,
         rule,
         summed=partial(summed_loss, model.base_model),
         logits_of=model.logits,
-        predict=predict,
-        temperature=rule.temperature if warped else 1.0,
+        u=None if objective.inverse else output.u[..., config.shift + 1 :][..., : config.window],
+        blur=None if model.blur is None else model.blur(states),
         distillation=objective.distillation,
     )
     num_tokens = (batch["document"] >= 0).sum()

@@ -1,0 +1,77 @@
+"""`pick` for a distribution that may be a little wrong: edges of intervals are not trusted to the last digit.
+
+    logits ── soft_intervals(rule) ──► [lower, upper) of every token ── chance(u, blur) ──► how likely u picks it
+
+A window only estimates the distribution that the base model will have. Where u lies near an edge of the estimate,
+either neighbour may be meant; where the estimate is poor, the likeliest token is a better guess than the one whose
+interval holds u. If an edge that is estimated at f truly lies at f + blur · ε, ε logistic, then u picks a token with
+the chance σ((upper − u) / blur) − σ((lower − u) / blur). With a blur near 0 that is `ptp.sampling.pick`; the larger it
+is, the nearer the chances come to the distribution itself. It has a gradient in distribution and blur, so a network can
+learn both from which token it was.
+
+Shapes: `...` any leading dimensions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ptp.sampling import SamplingRule
+
+LEAST_CHANCE = 1e-7
+"""Of a token, in a logarithm."""
+
+
+def soft_intervals(logits: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
+    """[lower, upper) of every token by its id, each (..., V) float32, in the rule's order and at its temperature.
+
+    logits: (..., V). What the rule truncates keeps its share: a window has learnt to give it little. At temperature 0
+    they are those of temperature 1, for a greedy rule asks for the likeliest token and has no intervals.
+    """
+    probs = (logits.float() / (rule.temperature or 1.0)).softmax(-1)
+    if rule.order == "vocabulary":
+        upper = probs.cumsum(-1)
+        return upper - probs, upper
+    if rule.order == "probability":
+        ids = probs.argsort(dim=-1, descending=True, stable=True)
+    else:
+        ids = torch.tensor(rule.order, device=probs.device).expand_as(probs)
+    ordered = probs.gather(-1, ids)
+    upper = torch.empty_like(probs).scatter(-1, ids, ordered.cumsum(-1))
+    return upper - probs, upper
+
+
+def chance(lower: Tensor, upper: Tensor, u: Tensor, blur: Tensor) -> Tensor:
+    """The chance that u picks what has the interval [lower, upper), if edges are off by `blur`. All are broadcast.
+
+    Chances of all tokens sum to 1: the edges at 0 and 1 are where they are.
+    """
+    inside = torch.sigmoid((upper - u) / blur) - torch.sigmoid((lower - u) / blur)
+    return inside / (torch.sigmoid((1 - u) / blur) - torch.sigmoid(-u / blur))
+
+
+def soft_pick(logits: Tensor, u: Tensor, blur: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
+    """The token that u most likely picks, and the chance that it does.
+
+    logits: (..., V); u, blur: (...). Returns int64 and float32, each (...). Under a greedy rule, the likeliest token
+    and its probability.
+    """
+    if rule.temperature == 0:
+        best = logits.float().softmax(-1).max(-1)
+    else:
+        lower, upper = soft_intervals(logits, rule)
+        best = chance(lower, upper, u.unsqueeze(-1), blur.unsqueeze(-1)).max(-1)
+    return best.indices, best.values
+
+
+def negative_log_chance(logits: Tensor, tokens: Tensor, u: Tensor, blur: Tensor, rule: SamplingRule) -> Tensor:
+    """−log of the chance that u picks these tokens, (...), with gradient in logits (..., V) and blur (...).
+
+    tokens: (...) int64; u: (...). A greedy rule has no u: it is the cross-entropy.
+    """
+    if rule.temperature == 0:
+        scores = logits.float()
+        return torch.logsumexp(scores, -1) - scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    lower, upper = (edge.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for edge in soft_intervals(logits, rule))
+    return -chance(lower, upper, u, blur).clamp(min=LEAST_CHANCE).log()

@@ -1,0 +1,117 @@
+"""The soft pick: the exact one at no blur, the likeliest token at much, and a chance in between."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ptp.sampling import SamplingRule, interval, pick, warp
+from ptp.soft_pick import chance, negative_log_chance, soft_intervals, soft_pick
+
+VOCAB = 12
+PERMUTATION = tuple(int(i) for i in torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0)))
+ORDERS = st.sampled_from(["vocabulary", "probability", PERMUTATION])
+SEEDS = st.integers(0, 2**32)
+
+
+def drawn(seed: int, rows: int = 5) -> tuple[Tensor, Tensor]:
+    """Logits (rows, VOCAB) and u (rows,)."""
+    generator = torch.Generator().manual_seed(seed)
+    return 3 * torch.randn(rows, VOCAB, generator=generator), torch.rand(rows, generator=generator)
+
+
+@given(SEEDS, ORDERS, st.floats(0.2, 2))
+def test_intervals_are_those_of_the_rule(seed: int, order: str | tuple[int, ...], temperature: float) -> None:
+    logits, _ = drawn(seed)
+    rule = SamplingRule(temperature=temperature, order=order)
+    lower, upper = soft_intervals(logits, rule)
+    for token in range(VOCAB):
+        expected = interval(warp(logits, rule), torch.full((len(logits),), token))
+        torch.testing.assert_close((lower[:, token], upper[:, token]), expected, atol=1e-5, rtol=0)
+
+
+@given(SEEDS, ORDERS)
+def test_without_blur_it_is_the_pick(seed: int, order: str | tuple[int, ...]) -> None:
+    logits, u = drawn(seed)
+    rule = SamplingRule(order=order)
+    lower, upper = soft_intervals(logits, rule)
+    distance = torch.minimum((lower - u[:, None]).abs(), (upper - u[:, None]).abs()).amin(-1)
+    tokens, confidences = soft_pick(logits, u, torch.full_like(u, 1e-6), rule)
+    clear = distance > 1e-4
+    assert torch.equal(tokens[clear], pick(warp(logits, rule), u)[clear])
+    assert (confidences[clear] > 0.99).all()
+
+
+@given(SEEDS, ORDERS)
+def test_with_much_blur_chances_are_the_distribution(seed: int, order: str | tuple[int, ...]) -> None:
+    logits, u = drawn(seed)
+    lower, upper = soft_intervals(logits, SamplingRule(order=order))
+    found = chance(lower, upper, u[:, None], torch.tensor(100.0))
+    torch.testing.assert_close(found, logits.softmax(-1), atol=2e-3, rtol=0)
+
+
+@given(SEEDS, st.floats(1e-3, 10), ORDERS)
+def test_chances_of_all_tokens_sum_to_one(seed: int, blur: float, order: str | tuple[int, ...]) -> None:
+    logits, u = drawn(seed)
+    lower, upper = soft_intervals(logits, SamplingRule(order=order))
+    found = chance(lower, upper, u[:, None], torch.tensor(blur))
+    torch.testing.assert_close(found.sum(-1), torch.ones(len(u)), atol=1e-3, rtol=0)
+    assert (found >= 0).all()
+
+
+@given(SEEDS, st.floats(1e-3, 1), st.sampled_from([0.0, 0.7]))
+def test_the_loss_is_minus_log_of_the_chance_that_is_proposed(seed: int, blur: float, temperature: float) -> None:
+    logits, u = drawn(seed)
+    rule, blurs = SamplingRule(temperature=temperature), torch.full_like(u, blur)
+    tokens, confidences = soft_pick(logits, u, blurs, rule)
+    loss = negative_log_chance(logits, tokens, u, blurs, rule)
+    torch.testing.assert_close((-loss).exp(), confidences, atol=1e-4, rtol=0)
+
+
+def test_a_greedy_rule_takes_the_likeliest_token_whatever_u_is() -> None:
+    logits, u = drawn(0)
+    tokens, confidences = soft_pick(logits, u, torch.full_like(u, 0.1), SamplingRule(temperature=0))
+    best = logits.softmax(-1).max(-1)
+    assert torch.equal(tokens, best.indices)
+    assert torch.equal(confidences, best.values)
+
+
+def test_one_token_s_chances_by_hand() -> None:
+    # Two tokens with a half each, u at the edge between them: either is as likely, whatever the blur.
+    lower, upper = torch.tensor([0.0, 0.5]), torch.tensor([0.5, 1.0])
+    for blur in (0.01, 0.1, 1.0):
+        assert chance(lower, upper, torch.tensor(0.5), torch.tensor(blur)).tolist() == pytest.approx([0.5, 0.5])
+    # A blur of 0.1 and u 0.1 in front of the edge: σ(1) of the way, but for what the ends cut off.
+    ends = torch.sigmoid(torch.tensor(6.0)) - torch.sigmoid(torch.tensor(-4.0))
+    expected = (torch.sigmoid(torch.tensor(1.0)) - torch.sigmoid(torch.tensor(-4.0))) / ends
+    found = chance(lower, upper, torch.tensor(0.4), torch.tensor(0.1))
+    assert found.tolist() == pytest.approx([float(expected), 1 - float(expected)])
+
+
+def test_learning_moves_an_edge_towards_where_it_lies_and_blur_to_how_far_off_it_is() -> None:
+    generator = torch.Generator().manual_seed(0)
+    u = torch.rand(4000, generator=generator)
+    noisy_edge = 0.3 + 0.05 * torch.randn(4000, generator=generator)
+    tokens = (u >= noisy_edge).long()
+    logits, raw = torch.zeros(2, requires_grad=True), torch.zeros((), requires_grad=True)
+    optimizer = torch.optim.Adam([logits, raw], lr=0.05)
+    for _ in range(300):
+        optimizer.zero_grad()
+        blur = raw.exp().expand_as(u)
+        negative_log_chance(logits.expand(4000, 2), tokens, u, blur, SamplingRule()).mean().backward()
+        optimizer.step()
+    assert float(logits.detach().softmax(-1)[0]) == pytest.approx(0.3, abs=0.01)
+    # A logistic distribution of scale s deviates by s · π / √3 = 1.81 s.
+    assert float(raw.detach().exp()) == pytest.approx(0.05 / 1.81, rel=0.25)
+
+
+@given(SEEDS)
+def test_gradients_are_finite_for_tokens_far_from_u(seed: int) -> None:
+    logits, u = drawn(seed)
+    logits.requires_grad_()
+    blur = torch.full_like(u, 1e-3).requires_grad_()
+    for token in range(VOCAB):
+        loss = negative_log_chance(logits, torch.full((len(u),), token), u, blur, SamplingRule())
+        gradients = torch.autograd.grad(loss.sum(), [logits, blur])
+        assert all(gradient.isfinite().all() for gradient in gradients)
