@@ -1,75 +1,89 @@
-"""The next drafts, of the branch that came true: states of its positions → tokens, confidences (METHOD §4, step 2)."""
+"""The next drafts, of the branch that came true: states of its positions → tokens, confidences (METHOD §4, step 2).
+
+Without a chain, all positions propose at once. With one they propose in turn, each knowing the tokens before its own;
+what does not depend on those is computed for all positions together.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ptp.decoding.verification import by_rule
 from ptp.model.proposal import propose
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import LogitsOf, SamplingRule
 
-Propose = Callable[..., list[Tensor]]
-"""Logits (B, n, V), u (B, n) and, for a soft pick, blur (B, n) → tokens and confidences, each (B, n)."""
 
+class Drafter:
+    """What makes drafts of a model's window states. Weights that change afterwards do not count."""
 
-def draft(
-    model: PTPModel,
-    rules: Sequence[SamplingRule],
-    states: Tensor,
-    logits_of: LogitsOf,
-    u: Tensor,
-    bonus: Tensor,
-    before: Tensor,
-) -> list[Tensor]:
-    """Drafts and calibrated confidences, each (B, W − lead), of B branches of W positions.
+    @torch.no_grad()
+    def __init__(self, model: PTPModel, logits_of: LogitsOf) -> None:
+        self.model, self.logits_of = model, logits_of
+        self.lead, self.num_known = model.ptp_config.lead, model.ptp_config.chain
+        if model.chain is not None:
+            # A token is read once, for all the places before a draft that it will have.
+            weights = [cast(nn.Linear, read).weight for read in model.chain.tokens]
+            self.reading = torch.cat(weights) / model.embedding_scale
 
-    rules: (B,), by which the texts are sampled. states: (B, W, H); logits_of: makes logits of them, all or a position.
-    u: (B, W), of the tokens that the positions propose. bonus: (B, 1), the tokens in front of the first drafts; O-PTP's
-    first position proposes it anew. before: (B, chain), the tokens in front of it, the nearest first.
-    """
-    lead = model.ptp_config.lead
+    def __call__(
+        self,
+        rules: Sequence[SamplingRule],
+        states: Tensor,
+        logits: Tensor | None,
+        u: Tensor,
+        bonus: Tensor,
+        before: Tensor,
+    ) -> list[Tensor]:
+        """Drafts and calibrated confidences, each (B, W − lead), of B branches of W positions.
 
-    def proposed(logits: Tensor, u: Tensor, *blur: Tensor) -> list[Tensor]:
-        return by_rule(rules, partial(_by, model), logits, u, *blur)
+        rules: (B,), by which the texts are sampled. states: (B, W, H); logits: (B, W, V) of them, where they are known.
+        u: (B, W), of the tokens that the positions propose. bonus: (B, 1), the tokens in front of the first drafts;
+        O-PTP's first position proposes it anew. before: (B, chain), the tokens in front of it, the nearest first.
+        """
+        if self.num_known:
+            tokens, confidences = self._in_turn(rules, states, u, bonus, before)
+        else:
+            tokens, confidences = self._propose(rules, states, self.logits_of(states) if logits is None else logits, u)
+        foreseen = tokens[:, :1] == bonus if self.lead else None
+        return [tokens[:, self.lead :], self.model.calibration(confidences[:, self.lead :], foreseen)]
 
-    if model.chain is None:
-        tokens, confidences = proposed(logits_of(states), u, *_blur(model, states))
-    else:
-        tokens, confidences = _one_by_one(model, proposed, states, logits_of, u, bonus, before)
-    foreseen = tokens[:, :1] == bonus if lead else None
-    return [tokens[:, lead:], model.calibration(confidences[:, lead:], foreseen)]
+    def _in_turn(
+        self, rules: Sequence[SamplingRule], states: Tensor, u: Tensor, bonus: Tensor, before: Tensor
+    ) -> list[Tensor]:
+        """As `ptp.model.proposal.Chain` corrects them."""
+        chain, size = self.model.chain, self.num_known
+        assert chain is not None
+        states = states.to(chain.write.weight.dtype)
+        # Of each position, the sum that its tokens add to as they become known; behind the last, room for theirs.
+        hidden = F.pad(chain.state(states), (0, 0, 0, size))
+        known = before if self.lead else torch.cat([bonus, before], dim=1)[:, :size]
+        for place, read in enumerate(self._read(known).mul(known.ge(0)[..., None, None]).unbind(1)):
+            hidden[:, : size - place] += read[:, place:]
+        found = []
+        for index in range(states.shape[1]):
+            here = slice(index, index + 1)
+            state = states[:, here] + F.linear(F.silu(hidden[:, here]), chain.write.weight)
+            found.append(self._propose(rules, state, self.logits_of(state), u[:, here]))
+            token = bonus if index < self.lead else found[-1][0]
+            hidden[:, index + 1 : index + 1 + size] += self._read(token)[:, 0]
+        return [torch.cat(parts, dim=1) for parts in zip(*found, strict=True)]
 
+    def _read(self, tokens: Tensor) -> Tensor:
+        """What a chain makes of tokens (B, n) for the places after them: (B, n, chain, size)."""
+        embedded = self.model.token_embedding(tokens.clamp(min=0)).to(self.reading.dtype)
+        return F.linear(embedded, self.reading).unflatten(-1, (self.num_known, -1))
 
-def _one_by_one(
-    model: PTPModel,
-    proposed: Propose,
-    states: Tensor,
-    logits_of: LogitsOf,
-    u: Tensor,
-    bonus: Tensor,
-    before: Tensor,
-) -> list[Tensor]:
-    """What a chain proposes: each position knows the tokens of those before it."""
-    lead = model.ptp_config.lead
-    known = before if lead else torch.cat([bonus, before], dim=1)[:, : before.shape[1]]
-    found = []
-    for index in range(states.shape[1]):
-        here = slice(index, index + 1)
-        state = model.chained(states[:, here], known.unsqueeze(1))
-        found.append(proposed(logits_of(state), u[:, here], *_blur(model, state)))
-        token = bonus if index < lead else found[-1][0]
-        known = torch.cat([token, known], dim=1)[:, : before.shape[1]]
-    return [torch.cat(parts, dim=1) for parts in zip(*found, strict=True)]
+    def _propose(self, rules: Sequence[SamplingRule], states: Tensor, logits: Tensor, u: Tensor) -> list[Tensor]:
+        blur = [] if self.model.blur is None else [self.model.blur(states)]
+        return by_rule(rules, partial(_by, self.model), logits, u, *blur)
 
 
 def _by(model: PTPModel, rule: SamplingRule, *rows: Tensor) -> list[Tensor]:
     return list(propose(model.ptp_config, rule, *rows))
-
-
-def _blur(model: PTPModel, states: Tensor) -> list[Tensor]:
-    return [] if model.blur is None else [model.blur(states)]

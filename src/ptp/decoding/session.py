@@ -20,7 +20,7 @@ from torch import Tensor
 from ptp.cache import SlotCache
 from ptp.decoding.allocation import allocate
 from ptp.decoding.budget import Policy
-from ptp.decoding.drafting import draft
+from ptp.decoding.drafting import Drafter
 from ptp.decoding.layout import CallLayout, CallShape, RowLayout, call_layout, call_mask, key_positions
 from ptp.decoding.requests import Request
 from ptp.decoding.verification import Logprobs, Verified, by_rule, logprobs, sampled, verify
@@ -140,6 +140,7 @@ class Session:
     ) -> None:
         self.model, self.rule, self.head, self.policy, self.num_slots = model, rule, head, policy, num_slots
         self.layers = layers
+        self.drafter = Drafter(model, head)
         self.cache = SlotCache(model.num_layers, num_slots, 0)
         self.slots: list[Text | None] = [None] * num_slots
         self.kept: list[list[int]] = [[] for _ in range(num_slots)]
@@ -384,14 +385,13 @@ class Session:
         num_accepted: (B, 1), which they are. bonus: (B, 1), the tokens before their first drafts. widest: positions of
         the widest; what lies past a branch's own is padding. rules: (B,).
         """
-        model, layout, device = self.model, reading.layout, bonus.device
+        layout, config, device = reading.layout, self.model.ptp_config, bonus.device
         steps = torch.arange(widest, device=device)
         index = (layout.starts.gather(1, num_accepted) + steps).clamp(max=layout.offset.shape[1] - 1)
-        u = reading.u_at(num_accepted + 1 - model.ptp_config.lead + steps)
-        before = reading.tokens_until(layout.verify.gather(1, num_accepted), model.ptp_config.chain)
-        if model.chain is None:
-            return draft(model, rules, reading.states_at(index), lambda _: reading.logits_at(index), u, bonus, before)
-        return draft(model, rules, reading.states_at(index), self.head, u, bonus, before)
+        u = reading.u_at(num_accepted + 1 - config.lead + steps)
+        before = reading.tokens_until(layout.verify.gather(1, num_accepted), config.chain)
+        logits = None if config.chain else reading.logits_at(index)
+        return self.drafter(rules, reading.states_at(index), logits, u, bonus, before)
 
 
 def _picked(rule: SamplingRule, logits: Tensor, u: Tensor) -> list[Tensor]:
