@@ -33,7 +33,7 @@ from ptp.errors import DataError
 from ptp.evaluation.experiment_bench import bench_experiment
 from ptp.experiment import Experiment
 from ptp.files import appearing, append_line, write_atomically
-from ptp.model.adapter import LORA_WEIGHTS, weights_hash, write_weights
+from ptp.model.adapter import AUXILIARY_WEIGHTS, LORA_WEIGHTS, weights_hash, write_weights
 from ptp.model.card import measured_card
 from ptp.model.loading import load_config, load_tokenizer
 from ptp.model.repository import copy_adapter
@@ -51,10 +51,13 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="starter")
     parser.add_argument("--directory", type=Path, help="experiment directory (default: experiments/starter)")
     parser.add_argument("--to", type=Path, help="folder to replace (default: the package's; of other sizes, a new one)")
+    parser.add_argument("--fresh", action="store_true", help="delete the experiment directory and start over")
     arguments = parser.parse_args()
     size, is_starter = SIZES[arguments.size], arguments.size == "starter"
     directory = arguments.directory or Path("experiments") / ("starter" if is_starter else f"starter-{arguments.size}")
     folder = arguments.to or (FOLDER if is_starter else directory / "starter")
+    if arguments.fresh and directory.exists():
+        shutil.rmtree(directory)
     # Programs of the package switch it off before transformers is imported.
     logging.disable_progress_bar()
     run(lambda: make_starter(directory, size, folder))
@@ -136,7 +139,9 @@ def card(directory: Path, folder: Path, num_bytes: int) -> str:
         origin=origin,
         config=load_config(str(folder / "base_model")),
         num_parameters=num_parameters(folder / "base_model" / "model.safetensors"),
-        num_adapter_parameters=num_parameters(folder / "adapter" / LORA_WEIGHTS),
+        num_adapter_parameters=sum(
+            num_parameters(folder / "adapter" / name) for name in (LORA_WEIGHTS, AUXILIARY_WEIGHTS)
+        ),
         megabytes=num_bytes / 1e6,
         example=example(folder),
     )

@@ -53,7 +53,6 @@ BudgetOption = Annotated[
 AdapterArgument = Annotated[
     Path,
     typer.Argument(
-        metavar="[DIR]",
         help="Experiment or adapter directory (default: the small model that comes with the package).",
         show_default=False,
     ),

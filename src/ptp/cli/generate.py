@@ -112,8 +112,10 @@ def command(
     model = PTPModel.from_pretrained(adapter, dtype=dtype)
     prompt_ids = chat_prompt_ids(tokenizer, [user(prompt)]) if templated else list(tokenizer(prompt)["input_ids"])
     request = settings.request(model.base_model, tokenizer, prompt_ids)
-    # A completion is read behind what it completes.
-    streamer = TextStreamer(tokenizer, skip_prompt=templated, skip_special_tokens=True) if on_terminal else None
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if on_terminal else None
+    if on_terminal and not templated:
+        # A completion is read behind what it completes; standard output has the completion alone.
+        console.print(prompt, style="dim", end="", soft_wrap=True)
     with decoding_threads(model.base_model.num_parameters()):
         out = Decoder(model, rule, budget).answer(request, streamer)
     text = tokenizer.decode(out.token_ids, skip_special_tokens=True)
