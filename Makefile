@@ -1,4 +1,5 @@
 # make demo      train a small language model, make it parallel, measure it (about ten minutes on two cores)
+# make starter   train and measure the pair that comes with the package, and put it in its place
 # make test      all tests but the slow ones       make test-all   all tests
 # make check     ruff and mypy                     make setup      the environment alone
 # make docs      the documentation as a site, in build/site
@@ -9,7 +10,7 @@ BIN := .venv/bin
 # Each test is small: they share the cores by processes, not each by threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 
-.PHONY: setup demo test test-all check docs audit
+.PHONY: setup demo starter test test-all check docs audit
 
 setup: .venv/.complete
 
@@ -21,6 +22,9 @@ setup: .venv/.complete
 
 demo: setup
 	$(BIN)/ptp demo $(ARGS)
+
+starter: setup
+	$(BIN)/python scripts/make_starter.py $(ARGS)
 
 test: setup
 	$(PYTEST) -m "not slow" $(ARGS)

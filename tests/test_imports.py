@@ -70,6 +70,7 @@ def test_every_part_of_the_package_is_known_here() -> None:
         "__pycache__",
         "cli",
         "server",
+        "starter",
         "streaming",
         "evaluation",
         "experiment",

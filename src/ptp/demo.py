@@ -47,10 +47,13 @@ from ptp.training.optimizers import make_optimizer
 FUNCTION_CHARACTERS = (40, 3000)
 """Functions shorter or longer than this are left out."""
 
+NOT_OF_THE_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "lib2to3", "idlelib"}
+"""Folders that are left out: what others installed, tests, and programs."""
+
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How large the demo is; the defaults are `make demo`'s, tests use less."""
+    """How large a pair of teacher and adapter is, and how long it learns; the defaults are `make demo`'s."""
 
     vocab_size: int = 384
     hidden_size: int = 128
@@ -63,12 +66,26 @@ class DemoSize:
 
     sequence_length: int = 256
     budget: int = 12
+    teacher_batch_size: int = 8
+    teacher_learning_rate: float = 2e-2
+    adapter_learning_rate: float = 1e-2
 
 
 DEMO = DemoSize()
 TINY = DemoSize(
     hidden_size=64, num_layers=2, teacher_steps=30, num_prompts=120, max_new_tokens=48, adapter_steps=30, num_verified=6
 )
+STARTER = DemoSize(
+    vocab_size=1024,
+    hidden_size=256,
+    num_layers=6,
+    teacher_steps=6000,
+    num_prompts=8000,
+    max_new_tokens=128,
+    adapter_steps=4000,
+    num_verified=32,
+)
+"""The pair that comes with the package (scripts/make_starter.py)."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +101,7 @@ def library_functions() -> list[Function]:
     root = Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, Function] = {}
     for path in sorted(root.rglob("*.py")):
-        if {"site-packages", "test", "tests", "lib2to3", "idlelib"} & set(path.relative_to(root).parts):
+        if NOT_OF_THE_LIBRARY & set(path.relative_to(root).parts):
             continue
         try:
             source = path.read_text(encoding="utf-8")
@@ -167,15 +184,14 @@ def train_teacher(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    batch_size, learning_rate = 8, 2e-2
     model = LlamaForCausalLM(config)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(directory.parent / "teacher-checkpoints"),
             max_steps=size.teacher_steps,
-            per_device_train_batch_size=batch_size,
-            learning_rate=learning_rate,
+            per_device_train_batch_size=size.teacher_batch_size,
+            learning_rate=size.teacher_learning_rate,
             warmup_steps=min(30, size.teacher_steps // 4),
             lr_scheduler_type="linear",
             bf16=True,
@@ -189,8 +205,8 @@ def train_teacher(
             disable_tqdm=True,
             logging_steps=50,
         ),
-        train_dataset=TokenBlocks(stream, size.sequence_length, size.teacher_steps * batch_size, seed=0),
-        optimizers=(make_optimizer("muon", model.named_parameters(), learning_rate), None),
+        train_dataset=TokenBlocks(stream, size.sequence_length, size.teacher_steps * size.teacher_batch_size, seed=0),
+        optimizers=(make_optimizer("muon", model.named_parameters(), size.teacher_learning_rate), None),
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
@@ -247,7 +263,7 @@ def demo_config(size: DemoSize) -> ExperimentConfig:
             batch_size=8,
             sequence_length=size.sequence_length,
             windows_per_sequence=24,
-            learning_rate=1e-2,
+            learning_rate=size.adapter_learning_rate,
             optimizer="muon",
             warmup_steps=min(20, size.adapter_steps // 4),
             save_every=200,

@@ -157,6 +157,16 @@ def test_without_a_template_the_chat_says_what_it_does_instead(directory: Path) 
     assert "/system has no effect" in shown
 
 
+@pytest.mark.parametrize(("templated", "begin"), [(True, "\n\none\n\ntwo\n"), (False, "\none\n\ntwo\n")])
+def test_a_completion_goes_on_right_below_the_text(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, templated: bool, begin: str
+) -> None:
+    chat = open_chat(directory, templated=templated)
+    pieces = [Piece("\none", 1, True), Piece("\n\ntwo", 1, False)]
+    monkeypatch.setattr(chat, "answer", lambda text, stopped: (piece for piece in pieces))
+    assert f"leaves\n{begin}" in conversation(chat, "1?")
+
+
 def test_tokens_are_coloured_by_call_and_a_call_s_own_token_is_underlined(
     chat: Chat, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -225,6 +225,7 @@ def test_a_terminal_shows_the_verified_text_as_it_comes_and_the_same_text(
     result = typed(generate.main, experiment, "--prompt", PROMPT, *settings, "--seed", seed)
     assert result.code == 0, result.err
     assert result.out == f"{expected}\n"
+    assert result.err.startswith(PROMPT)
     assert sum(bool(text.strip()) and text in expected for text in Terminal.writes) > 1
 
 

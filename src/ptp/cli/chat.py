@@ -95,8 +95,8 @@ class Commands(Completer):
             yield from self.files.get_completions(Document(rest.rpartition(" ")[2]), complete_event)
 
 
-def converse(chat: Chat, name: str) -> None:
-    """Chat on this terminal until the user leaves. name: of the model."""
+def converse(chat: Chat, name: str, hint: str = "") -> None:
+    """Chat on this terminal until the user leaves. name: of the model. hint: what to say to it."""
     keys = KeyBindings()
 
     @keys.add("escape", "enter")
@@ -111,7 +111,7 @@ def converse(chat: Chat, name: str) -> None:
         prompt_continuation="  ",
     )
     with silent_keyboard():
-        Conversation(chat, Console(markup=False, highlight=False)).run(session.prompt, name)
+        Conversation(chat, Console(markup=False, highlight=False)).run(session.prompt, name, hint)
 
 
 @contextmanager
@@ -138,11 +138,13 @@ class Conversation:
         self.chat, self.console, self.coloured = chat, console, False
         self.has_told_of_no_drafts = False
 
-    def run(self, read: Callable[[], str], name: str) -> None:
+    def run(self, read: Callable[[], str], name: str, hint: str = "") -> None:
         """Until the user leaves. read: a line, `KeyboardInterrupt` for one that is given up, `EOFError` at the end."""
         self.note(name)
         if not self.chat.templated:
             self.note("no chat template: each text is completed by itself, without those before it")
+        if hint:
+            self.note(hint)
         self.note_rule()
         self.note("/help lists commands, Ctrl-D leaves\n")
         while True:
@@ -179,10 +181,14 @@ class Conversation:
 
     def answer(self, text: str) -> None:
         last, num_answers = "\n", len(self.chat.turns)
+        # Of a text that is completed, the key that ended it has broken the line already.
+        break_is_there = not self.chat.templated
         try:
             with first_interrupt() as stopped, closing(self.chat.answer(text, stopped)) as pieces:
                 for piece in pieces:
                     shown = printable(piece.text)
+                    if break_is_there:
+                        shown, break_is_there = shown.removeprefix("\n"), False
                     style = HUES[hue_index(piece.call)] + ("" if piece.accepted else " underline")
                     self.write(shown, style if self.coloured else None)
                     last = shown[-1:] or last

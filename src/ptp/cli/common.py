@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Annotated, Any, TextIO
 
@@ -22,6 +23,9 @@ from ptp.processes import rank
 
 # Brackets in a path or in a template's message are no markup.
 console = Console(stderr=True, markup=False, highlight=False)
+
+STARTER = Path(__file__).parent.parent / "starter"
+"""The small pair of base model and adapter that comes with the package; its README.md says what it is."""
 
 SECONDS_PER_LINE = 10
 """Between lines of progress in a log."""
@@ -44,6 +48,16 @@ BudgetOption = Annotated[
     ),
 ]
 """The option of commands that decode."""
+
+
+AdapterArgument = Annotated[
+    Path,
+    typer.Argument(
+        help="Experiment or adapter directory (default: the small model that comes with the package).",
+        show_default=False,
+    ),
+]
+"""The argument of commands that start with the package's own model as well."""
 
 
 def note(text: str) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from ptp.cli.common import console, note, progress_bar
+
+if TYPE_CHECKING:
+    from ptp.demo import DemoSize
+    from ptp.evaluation.verify import Verification
 
 
 def command(
@@ -24,24 +28,44 @@ def command(
     Needs no network. Stopped and started again it goes on; a finished demo goes straight to decoding.
     """
     with console.status("starting"):
-        from ptp.cli.training_progress import TrainingProgress
-        from ptp.cli.verify import summary
-        from ptp.demo import DEMO, TINY, make_experiment, make_teacher
-        from ptp.evaluation.experiment_report import make_report, verify_experiment
-        from ptp.evaluation.measurement import described, keep, learns_from_itself
-        from ptp.evaluation.report import write_report
-        from ptp.stages.pregenerate import pregenerate
-        from ptp.stages.train import has_adapter, train
+        from ptp.demo import DEMO, TINY
 
     started = time.monotonic()
     size = TINY if tiny else DEMO
     directory = directory or Path("experiments") / ("demo-tiny" if tiny else "demo")
     if fresh and directory.exists():
         shutil.rmtree(directory)
+    make_base_model(directory, size)
+    verification = make_parallel(directory, size)
+    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes", style="dim")
+    if verification.count("mismatch"):
+        raise typer.Exit(1)
+
+
+def make_base_model(directory: Path, size: DemoSize) -> None:
+    """Stage 1: a small Llama learns Python."""
+    with console.status("starting"):
+        from ptp.cli.training_progress import TrainingProgress
+        from ptp.demo import make_teacher
+
     with progress_bar("1/5 ") as progress:
         what = "a small Llama learns Python"
         make_teacher(directory, size, [TrainingProgress(progress, what)])
         progress(what, size.teacher_steps, size.teacher_steps)
+
+
+def make_parallel(directory: Path, size: DemoSize) -> Verification:
+    """Stages 2 to 5: an experiment on that model, its completions, its adapter, and what decoding reaches with it."""
+    with console.status("starting"):
+        from ptp.cli.training_progress import TrainingProgress
+        from ptp.cli.verify import summary
+        from ptp.demo import make_experiment
+        from ptp.evaluation.experiment_report import make_report, verify_experiment
+        from ptp.evaluation.measurement import described, keep, learns_from_itself
+        from ptp.evaluation.report import write_report
+        from ptp.stages.pregenerate import pregenerate
+        from ptp.stages.train import has_adapter, train
+
     experiment = make_experiment(directory, size)
     note(f"2/5 experiment set up in {directory}")
     if not has_adapter(experiment):
@@ -64,6 +88,4 @@ def command(
     decoded = [comparison.generation for comparison in verification.comparisons]
     for line in described(keep(experiment, decoded, size.budget), learns_from_itself(experiment)):
         note(line)
-    console.print(f"{(time.monotonic() - started) / 60:.1f} minutes", style="dim")
-    if verification.count("mismatch"):
-        raise typer.Exit(1)
+    return verification

@@ -1,4 +1,4 @@
-"""`ptp generate DIR`: a chat on a terminal, or the answer to one prompt, several tokens per call."""
+"""`ptp generate [DIR]`: a chat on a terminal, or the answer to one prompt, several tokens per call."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from typing import Annotated, Optional
 
 import typer
 
-from ptp.cli.common import BudgetOption, console, run
+from ptp.cli.common import STARTER, AdapterArgument, BudgetOption, console, run
 from ptp.errors import DecodingError
 
 COMPLETION_TOKENS, ANSWER_TOKENS = 128, 1024
 """Most tokens to write unless told: a text may go on for ever, an answer ends by itself."""
 
+STARTER_NAME = "a small model that comes with ptp and completes Python functions"
+STARTER_HINT = "type the beginning of one, such as: def fibonacci(n):"
+"""How a chat with the package's own model begins."""
+
 
 def command(
-    directory: Annotated[Path, typer.Argument(help="Experiment or adapter directory.")],
+    directory: AdapterArgument = STARTER,
     prompt: Annotated[
         Optional[str],
         typer.Option(
@@ -100,12 +104,18 @@ def command(
         with decoding_threads(model.base_model.num_parameters()):
             with console.status("getting ready"):
                 chat = Chat(model, tokenizer, settings, templated)
-            converse(chat, f"{Path(base_model).name} with the adapter in {directory}")
+            if directory == STARTER:
+                converse(chat, STARTER_NAME, STARTER_HINT)
+            else:
+                converse(chat, f"{Path(base_model).name} with the adapter in {directory}")
         return
     model = PTPModel.from_pretrained(adapter, dtype=dtype)
     prompt_ids = chat_prompt_ids(tokenizer, [user(prompt)]) if templated else list(tokenizer(prompt)["input_ids"])
     request = settings.request(model.base_model, tokenizer, prompt_ids)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if on_terminal else None
+    if on_terminal and not templated:
+        # A completion is read behind what it completes; standard output has the completion alone.
+        console.print(prompt, style="dim", end="", soft_wrap=True)
     with decoding_threads(model.base_model.num_parameters()):
         out = Decoder(model, rule, budget).answer(request, streamer)
     text = tokenizer.decode(out.token_ids, skip_special_tokens=True)

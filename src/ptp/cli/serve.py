@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
-from ptp.cli.common import BudgetOption, note
+from ptp.cli.common import STARTER, AdapterArgument, BudgetOption, note
 from ptp.errors import ConfigError
 
 
 def command(
-    directory: Annotated[Path, typer.Argument(help="Experiment or adapter directory.")],
+    directory: AdapterArgument = STARTER,
     host: Annotated[str, typer.Option(help="Address to listen on; others than this one need a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[

@@ -51,40 +51,61 @@ class Run:
 
 
 def model_card(adapter: Path, repo_id: str, base_model: str) -> str:
-    """The README.md of an adapter's repository. Figures are those of `measured_runs` and no others."""
+    """The README.md of an adapter's repository."""
+    metadata = {
+        "base_model": base_model,
+        "base_model_relation": "adapter",
+        "datasets": [dataset] if (dataset := _dataset(adapter)) else None,
+        "model_name": repo_id.partition("/")[2],
+    }
+    data = dataset or ("not on the hub" if _data(adapter) else "not known")
+    return measured_card(adapter, _template("card.md.j2"), metadata, data, repo_id=repo_id, base_model=base_model)
+
+
+def measured_card(adapter: Path, head: str, metadata: Mapping[str, Any], data: str, **values: Any) -> str:
+    """A card: a head, what was measured of an adapter (`measured_runs`, and no other figures), and how it was trained.
+
+    head: a template with `values`, and with `card_data` for the metadata in front. data: what it was trained on.
+    """
     settings, runs = read_settings(adapter), measured_runs(adapter)
     training = _read_json(adapter / "training.json")
-    data = training.get("config", {}).get("data", {})
-    # A path of this machine would mean nothing to others, and they have no business with it.
-    path = data.get("path", "")
-    dataset = path if is_hub_id(path) and not (adapter.parent / path).exists() else None
     last_run = _read_json(adapter.parent / "runs" / "train.json")
     if not training or last_run.get("config") != training["config"]:
         last_run = {}
-    metadata = ModelCardData(
-        base_model=base_model,
-        base_model_relation="adapter",
-        library_name="parallel-token-prediction",
-        pipeline_tag="text-generation",
-        datasets=[dataset] if dataset else None,
-        tags=TAGS,
-        model_name=repo_id.partition("/")[2],
-        eval_results=list(_eval_results(runs)) or None,
-    )
     card = ModelCard.from_template(
-        metadata,
-        template_str=(resources.files("ptp.model") / "card.md.j2").read_text(encoding="utf-8"),
-        repo_id=repo_id,
-        base_model=base_model,
+        ModelCardData(
+            library_name="parallel-token-prediction",
+            pipeline_tag="text-generation",
+            tags=TAGS,
+            eval_results=list(_eval_results(runs)) or None,
+            **metadata,
+        ),
+        template_str=head + _template("figures.md.j2"),
         settings=settings,
         runs=runs,
-        data=dataset or ("not on the hub" if path else "not known"),
-        mode=data.get("mode"),
+        data=data,
+        mode=_data(adapter).get("mode"),
         steps=training.get("step"),
         command=_command(last_run["command"]) if last_run else None,
         versions=_versions(last_run),
+        **values,
     )
     return str(card).rstrip() + "\n"
+
+
+def _template(name: str) -> str:
+    return (resources.files("ptp.model") / name).read_text(encoding="utf-8")
+
+
+def _data(adapter: Path) -> dict[str, Any]:
+    """The settings of the data that an adapter was trained on, if they are known."""
+    return dict(_read_json(adapter / "training.json").get("config", {}).get("data", {}))
+
+
+def _dataset(adapter: Path) -> str | None:
+    """The hub's name of the data. A path of this machine would mean nothing to others, who have no business with it."""
+    path = _data(adapter).get("path", "")
+    return path if is_hub_id(path) and not (adapter.parent / path).exists() else None
 
 
 def measured_runs(adapter: Path) -> list[Run]:

@@ -39,11 +39,16 @@ def write_repository(adapter: Path, folder: Path, repo_id: str, base_model: str 
     if missing:
         raise AdapterError(f"{adapter} is no whole adapter: {missing[0]} is missing")
     with appearing(folder) as temporary:
-        temporary.mkdir()
-        for file in FILES:
-            shutil.copyfile(adapter / file, temporary / file)
-        write_settings(temporary, settings.model_copy(update={"base_model": name}))
-        peft = json.loads((adapter / PEFT_CONFIG).read_text(encoding="utf-8")) | {"base_model_name_or_path": name}
-        (temporary / PEFT_CONFIG).write_text(json.dumps(peft, indent=2, sort_keys=True), encoding="utf-8")
-        write_code(temporary)
+        copy_adapter(adapter, temporary, name)
         (temporary / "README.md").write_text(model_card(adapter, repo_id, name), encoding="utf-8")
+
+
+def copy_adapter(adapter: Path, folder: Path, base_model: str) -> None:
+    """An adapter's files and no others, in a new folder, where the base model is known by another name."""
+    folder.mkdir()
+    for file in FILES:
+        shutil.copyfile(adapter / file, folder / file)
+    write_settings(folder, read_settings(adapter).model_copy(update={"base_model": base_model}))
+    peft = json.loads((adapter / PEFT_CONFIG).read_text(encoding="utf-8")) | {"base_model_name_or_path": base_model}
+    (folder / PEFT_CONFIG).write_text(json.dumps(peft, indent=2, sort_keys=True), encoding="utf-8")
+    write_code(folder)
