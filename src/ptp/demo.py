@@ -251,9 +251,7 @@ def demo_config(size: DemoSize) -> ExperimentConfig:
         ),
         # On a model this small a call's time goes into single operations: fewer gated layers, of higher rank, pay.
         model=PTPConfig(
-            variant="one_hot",
             window=8,
-            anchor="first",
             lora_rank=64,
             lora_alpha=64,
             lora_targets=("gate_proj", "up_proj", "down_proj"),
