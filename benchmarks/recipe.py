@@ -38,8 +38,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from paper.mismatched import under_rule
-from paper.shared import spread, train
 from transformers import PreTrainedModel
 
 from ptp.decoding.decoder import Decoder
@@ -57,6 +55,10 @@ from ptp.stages.distill import distill
 from ptp.stages.pregenerate import pregenerate
 from ptp.stages.train import training_data, validation_prompts
 from ptp.training.objective import evaluate_windows
+
+sys.path.insert(0, str(Path(__file__).parent / "paper"))
+from mismatched import under_rule
+from shared import spread, train
 
 TEACHERS = ("code", "code-34M", "books-34M", "stories260K")
 

@@ -217,12 +217,12 @@ class TrainConfig(Record):
     process, gradient_accumulation_steps times. sequence_length: tokens of one. windows_per_sequence: N. dtype: of the
     base model's weights; where all weights train they are float32, and computed with in dtype. beta: concentration of
     u's place in its interval (METHOD §3). distillation: weight of the KL to the teacher beside the cross-entropy's 1
-    (categorical only; null: 1 where that can be, see `kl_weight`). position_decay: γ, weight γ^k of window index k. gradient_checkpointing: keep less for the
-    backward pass and compute it again there, for less memory and more time. save_every: steps between checkpoints, each
-    evaluated on held-out windows; save_minutes: minutes between further ones. log_every: steps between rows of metrics.
-    budget: positions of a decoding call that τ is simulated for. fsdp: the base model's weights are shared out between
-    the processes of several GPUs. report_to:
-    trackers, as transformers names them.
+    (categorical only; null: 1 where that can be, see `kl_weight`). position_decay: γ, weight γ^k of window index k.
+    gradient_checkpointing: keep less for the backward pass and compute it again there, for less memory and more time.
+    save_every: steps between checkpoints, each evaluated on held-out windows; save_minutes: minutes between further
+    ones. log_every: steps between rows of metrics. budget: positions of a decoding call that τ is simulated for.
+    fsdp: the base model's weights are shared out between the processes of several GPUs. report_to: trackers, as
+    transformers names them.
     """
 
     objective: Literal["teacher", "inverse_autoregressive"] = "teacher"
