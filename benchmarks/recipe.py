@@ -251,7 +251,7 @@ def table(runs: Sequence[Run]) -> Iterator[list[str]]:
             str(len(own)),
             spread([run.correct for run in own]),
             *(spread([run.tau[name] for run in own]) for name in RULES),
-            f"{drafted(arm) / drafted('paper'):.2f}" if "paper" in by_arm else "",
+            f"{drafted(arm) / drafted('paper'):.2f}" if "paper" in by_arm and drafted("paper") > 0 else "",
             spread([run.seconds / 60 for run in own], ".1f"),
         ]
 
