@@ -14,13 +14,19 @@ Shapes: `...` any leading dimensions, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ptp.sampling import SamplingRule
 
 LEAST_CHANCE = 1e-7
-"""Of a token, in a logarithm."""
+"""Of a token, in a loss: less is as wrong, and teaches nothing."""
+
+LEAST_WIDTH = 1e-30
+"""Of an interval, in a logarithm."""
 
 
 def soft_intervals(logits: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
@@ -29,17 +35,21 @@ def soft_intervals(logits: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
     logits: (..., V). What the rule truncates keeps its share: a window has learnt to give it little. At temperature 0
     they are those of temperature 1, for a greedy rule asks for the likeliest token and has no intervals.
     """
+    probs, upper = _shares(logits, rule)
+    return upper - probs, upper
+
+
+def _shares(logits: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
+    """Each token's probability and upper edge."""
     probs = (logits.float() / (rule.temperature or 1.0)).softmax(-1)
     if rule.order == "vocabulary":
-        upper = probs.cumsum(-1)
-        return upper - probs, upper
+        return probs, probs.cumsum(-1)
     if rule.order == "probability":
         ids = probs.argsort(dim=-1, descending=True, stable=True)
     else:
         ids = torch.tensor(rule.order, device=probs.device).expand_as(probs)
     ordered = probs.gather(-1, ids)
-    upper = torch.empty_like(probs).scatter(-1, ids, ordered.cumsum(-1))
-    return upper - probs, upper
+    return probs, torch.empty_like(probs).scatter(-1, ids, ordered.cumsum(-1))
 
 
 def chance(lower: Tensor, upper: Tensor, u: Tensor, blur: Tensor) -> Tensor:
@@ -81,5 +91,12 @@ def negative_log_chance(logits: Tensor, tokens: Tensor, u: Tensor, blur: Tensor,
     if rule.temperature == 0:
         scores = logits.float()
         return torch.logsumexp(scores, -1) - scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    lower, upper = (edge.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for edge in soft_intervals(logits, rule))
-    return -chance(lower, upper, u, blur).clamp(min=LEAST_CHANCE).log()
+    share, upper = (values.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for values in _shares(logits, rule))
+    whole = _log_between(torch.ones_like(u), 1 - u, blur)
+    return (whole - _log_between(share, upper - u, blur)).clamp(max=-math.log(LEAST_CHANCE))
+
+
+def _log_between(width: Tensor, upper: Tensor, blur: Tensor) -> Tensor:
+    """log(σ(upper / blur) − σ((upper − width) / blur)), also where the two are all but the same number."""
+    between = -torch.expm1(-width.clamp(min=LEAST_WIDTH) / blur)
+    return F.logsigmoid(upper / blur) + F.logsigmoid((width - upper) / blur) + between.log()

@@ -11,14 +11,18 @@ from transformers import PreTrainedModel
 from ptp.calibration import Calibration
 from ptp.config import PTPConfig
 from ptp.decoding.decoder import Decoder
+from ptp.decoding.drafting import Drafter
 from ptp.decoding.layout import RowLayout
 from ptp.decoding.requests import make_request
 from ptp.decoding.session import Outcome, Session, Text
 from ptp.errors import DecodingError
+from ptp.model.proposal import propose, tokens_before
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
 
 PROMPT = [5, 3, 0, 4]
+NOTHING_BEFORE = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 0, dtype=torch.int64)
+"""A bonus token, and none that a model without a chain is to know before it."""
 
 
 @pytest.fixture(scope="module")
@@ -121,94 +125,123 @@ def test_a_text_is_cut_at_an_end_token_in_the_midst_of_right_drafts(model: PTPMo
 
 
 class SpySession(OracleSession):
-    """Keeps the logits of every branch that came true with the number of its bonus token."""
+    """Keeps what was proposed, one logits row after the other, with the number of the bonus token before it."""
 
     def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> list[Outcome]:
+        self.proposed.clear()
         outcomes = super()._call(texts, layouts)
         if outcomes[0].drafts:
-            self.seen.append((self.logits[0], texts[0].num_written + outcomes[0].verified.num_accepted))
+            logits, u, tokens = (torch.cat(parts, dim=1)[0] for parts in zip(*self.proposed, strict=True))
+            self.seen.append((logits, u, tokens, texts[0].num_written + outcomes[0].verified.num_accepted))
         return outcomes
-
-    def _drafts(self, logits: Tensor, u: Tensor, bonus: Tensor, rules: Sequence[SamplingRule]) -> list[Tensor]:
-        self.logits = logits[:, self.model.ptp_config.lead :].clone()
-        return super()._drafts(logits, u, bonus, rules)
 
 
 class SpyDecoder(OracleDecoder):
     kind = SpySession
+    proposed: list[tuple[Tensor, Tensor, Tensor]]
 
     def session(self, num_slots: int = 1) -> Session:
         session = super().session(num_slots)
-        session.seen = self.seen = []
+        session.proposed, session.seen = self.proposed, self.seen
         return session
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("chain", "pick"), [(0, "exact"), (0, "soft"), (1, "exact"), (3, "soft")])
 @pytest.mark.parametrize("variant", ["categorical", "one_hot"])
 @pytest.mark.parametrize("anchor", ["none", "first", "all"])
 def test_a_branch_that_came_true_is_the_training_window_behind_the_same_context(
-    base: PreTrainedModel, random_adapter: Callable, variant: str, anchor: str
+    base: PreTrainedModel,
+    random_adapter: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+    variant: str,
+    anchor: str,
+    chain: int,
+    pick: str,
 ) -> None:
     num_tokens = 40
-    model = random_adapter(PTPModel(deepcopy(base), PTPConfig(variant=variant, anchor=anchor, window=8)), std=0.1)
+    config = PTPConfig(variant=variant, anchor=anchor, window=8, chain=chain, chain_size=16, pick=pick)
+    model = random_adapter(PTPModel(deepcopy(base), config), std=0.1)
     truth = Decoder(model, SamplingRule(), budget=0).generate(PROMPT, num_tokens, seed=4, end_token_ids=[])
     decoder = SpyDecoder(model, truth.token_ids, budget=24, wrong=0.3)
+    decoder.proposed, decoder.seen = [], []
+
+    def spied(config: PTPConfig, rule: SamplingRule, logits: Tensor, u: Tensor, *blur: Tensor) -> tuple[Tensor, Tensor]:
+        found = propose(config, rule, logits, u, *blur)
+        decoder.proposed.append((logits, u, found[0]))
+        return found
+
+    monkeypatch.setattr("ptp.decoding.drafting.propose", spied)
     decoder.generate(PROMPT, num_tokens, seed=4, end_token_ids=[])
-    ids = torch.tensor([PROMPT + truth.token_ids])
-    # Intervals of no width are the numbers themselves.
-    u = torch.tensor([[0.0] * len(PROMPT) + truth.u])
     assert len(decoder.seen) > 3
-    lead = model.ptp_config.lead
-    for logits, bonus in decoder.seen:
+    lead = config.lead
+    for logits, numbers, proposed, bonus in decoder.seen:
+        # A chain knows the drafts it made itself, and in training those of the text.
+        text = PROMPT + truth.token_ids[: bonus + 1] + proposed[lead:].tolist()
+        start, room = len(PROMPT) + bonus, len(proposed) - lead
+        ids = torch.tensor([text + [0] * 8])
+        # Intervals of no width are the numbers themselves.
+        u = torch.tensor([([0.0] * len(PROMPT) + truth.u + [0.0] * 50)[: ids.shape[1]]])
+        positions = torch.arange(ids.shape[1]).unsqueeze(0)
         output = model(
             ids=ids,
             document=torch.zeros_like(ids),
-            positions=torch.arange(ids.shape[1]).unsqueeze(0),
+            positions=positions,
             span=torch.zeros_like(ids),
-            starts=torch.tensor([[len(PROMPT) + bonus]]),
-            z=torch.zeros(1, 1, 8),
+            starts=torch.tensor([[start]]),
+            z=torch.zeros(1, 1, 9),
             lower=u,
             upper=u,
         )
-        window = model.logits(output.windows)[0, lead : lead + len(logits)]
-        torch.testing.assert_close(logits, window, rtol=1e-3, atol=1e-3)
+        before = tokens_before(ids, positions, start + 1 - lead + torch.arange(8).unsqueeze(0), chain)
+        window = model.logits(model.chained(output.windows, before))[0, lead : lead + room]
+        torch.testing.assert_close(logits[lead:], window, rtol=1e-3, atol=1e-3)
+        if start + room < len(PROMPT) + num_tokens:
+            assert torch.equal(numbers[lead:], output.u[0, 0, 1 : 1 + room])
 
 
-@torch.no_grad()
+def drafter_of(model: PTPModel) -> Drafter:
+    """Of a model whose window states are logits already."""
+    return Drafter(model, lambda states: states)
+
+
 @pytest.mark.parametrize("variant", ["categorical", "one_hot"])
 def test_drafts_and_confidences_are_read_from_the_branch_with_the_numbers_of_their_own_places(
     base: PreTrainedModel, variant: str
 ) -> None:
-    model = PTPModel(deepcopy(base), PTPConfig(variant=variant))
-    session = Decoder(model, SamplingRule()).session()
+    model = PTPModel(deepcopy(base), PTPConfig(variant=variant, pick="exact", chain=0))
     lead = torch.zeros(model.ptp_config.lead, 4)
     logits = torch.tensor([[1.0, 1.0, 0.0, -9.0], [0.0, 2.0, 2.0, 1.0], [5.0, 0.0, 0.0, 0.0]])
     u = torch.tensor([0.1, 0.5, 0.999])
-    rows, bonus = torch.cat([lead, logits]).unsqueeze(0), torch.zeros(1, 1)
-    drafts, confidences = (found[0].tolist() for found in session._drafts(rows, u.unsqueeze(0), bonus, [session.rule]))
+    rows = torch.cat([lead, logits]).unsqueeze(0)
+    numbers = torch.cat([lead[:, 0], u]).unsqueeze(0)
+    found = drafter_of(model)([SamplingRule()], rows, None, numbers, *NOTHING_BEFORE)
+    drafts, confidences = (values[0].tolist() for values in found)
     probs = logits.softmax(-1)
     expected = probs.argmax(-1).tolist()
     if variant == "categorical":
         expected = [int((row.cumsum(0) <= number).sum()) for row, number in zip(probs, u, strict=True)]
     assert drafts == expected
-    assert confidences == pytest.approx([row[token].item() for row, token in zip(probs, drafts, strict=True)])
+    expected = [row[token].item() for row, token in zip(probs, drafts, strict=True)]
+    assert confidences == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_one_hot_branch_that_foresaw_the_bonus_token_is_trusted_by_a_curve_of_its_own(base: PreTrainedModel) -> None:
-    model = PTPModel(deepcopy(base), PTPConfig(variant="one_hot"))
+    model = PTPModel(deepcopy(base), PTPConfig(variant="one_hot", chain=0))
     model.calibration = Calibration(curves=((0.1, 0.2), (0.8, 0.9)))
     rows = torch.tensor([[0.0, 9.0], [50.0, 0.0]]).expand(2, 2, 2)  # they expect token 1, and draft token 0
     bonus, rules = torch.tensor([[1], [0]]), [SamplingRule()] * 2
-    drafts, confidences = Decoder(model).session()._drafts(rows, torch.zeros(2, 1), bonus, rules)
+    before = bonus[:, :0]
+    drafts, confidences = drafter_of(model)(rules, rows, None, torch.zeros(2, 2), bonus, before)
     assert drafts.tolist() == [[0], [0]]
     assert confidences.flatten().tolist() == pytest.approx([0.9, 0.2])
 
 
 def test_a_categorical_branch_has_one_curve(base: PreTrainedModel) -> None:
-    model = PTPModel(deepcopy(base), PTPConfig(variant="categorical"))
+    model = PTPModel(deepcopy(base), PTPConfig(pick="exact", chain=0))
     model.calibration = Calibration(curves=((0.1, 0.2),))
     rows = torch.tensor([[[50.0, 0.0]]])
-    found = Decoder(model).session()._drafts(rows, torch.zeros(1, 1), torch.ones(1, 1), [SamplingRule()])
+    found = drafter_of(model)([SamplingRule()], rows, None, torch.zeros(1, 1), *NOTHING_BEFORE)
     assert found[1].item() == pytest.approx(0.2)
 
 

@@ -1,6 +1,7 @@
 """Logits made a part at a time: the model's own, the same loss and gradients, and never all of them at once."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -68,38 +69,45 @@ def test_the_head_of_a_model_is_the_quickest_that_gives_its_logits(config: PreTr
     assert (head is model.get_output_embeddings()) == plain
 
 
-def pieces(model: PreTrainedModel) -> tuple[Tensor, Callable[[Tensor, slice], Tensor]]:
+def pieces(num_numbers: int = 0) -> tuple[list[Tensor], Callable[..., Tensor]]:
+    """Hidden states and further numbers of rows, and a loss of them."""
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(NUM_ROWS, HIDDEN, generator=generator, requires_grad=True)
+    numbers = [(0.5 + torch.rand(NUM_ROWS, generator=generator)).requires_grad_() for _ in range(num_numbers)]
     tokens = torch.randint(VOCABULARY, (NUM_ROWS,), generator=generator)
     weights = torch.rand(NUM_ROWS, generator=generator)
 
-    def loss(logits: Tensor, part: slice) -> Tensor:
-        return (F.cross_entropy(logits.float(), tokens[part], reduction="none") * weights[part]).sum()
+    def loss(logits: Tensor, *rest: Any) -> Tensor:
+        *own, part = rest
+        scores = logits.float()
+        for number in own:
+            scores = scores / number.unsqueeze(-1)
+        return (F.cross_entropy(scores, tokens[part], reduction="none") * weights[part]).sum()
 
-    return hidden, loss
+    return [hidden, *numbers], loss
 
 
+@pytest.mark.parametrize("num_numbers", [0, 2])
 @pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("rows", [1, 4, 13, 100])
 @pytest.mark.parametrize("config", CONFIGS[:3], ids=lambda config: config.model_type)
 def test_a_loss_summed_over_parts_has_the_value_and_gradients_of_the_whole(
-    monkeypatch: pytest.MonkeyPatch, config: PreTrainedConfig, rows: int, learns: bool
+    monkeypatch: pytest.MonkeyPatch, config: PreTrainedConfig, rows: int, learns: bool, num_numbers: int
 ) -> None:
     monkeypatch.setattr(head, "ROWS", rows)
     model = made(config).requires_grad_(learns)
-    hidden, loss = pieces(model)
+    (hidden, *numbers), loss = pieces(num_numbers)
     weight = model.get_output_embeddings().weight
-    wanted = [hidden, *([weight] if learns else [])]
-    whole = loss(project(model, hidden), slice(None))
-    parts = summed_loss(model, hidden, loss)
+    wanted = [hidden, *numbers, *([weight] if learns else [])]
+    whole = loss(project(model, hidden), *numbers, slice(None))
+    parts = summed_loss(model, loss, hidden, *numbers)
     assert parts.item() == pytest.approx(whole.item(), rel=1e-6)
     # Scaled, as a training scales it for accumulation.
     expected = torch.autograd.grad(whole * 0.5, wanted)
     for found, gradient in zip(torch.autograd.grad(parts * 0.5, wanted), expected, strict=True):
         torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-7)
     with torch.no_grad():
-        assert summed_loss(model, hidden, loss).item() == pytest.approx(whole.item(), rel=1e-6)
+        assert summed_loss(model, loss, hidden, *numbers).item() == pytest.approx(whole.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("learns", [False, True])
@@ -108,7 +116,7 @@ def test_no_more_logits_than_one_part_s_are_kept_for_the_backward_pass(
 ) -> None:
     monkeypatch.setattr(head, "ROWS", 4)
     model = made(CONFIGS[0]).requires_grad_(learns)
-    hidden, loss = pieces(model)
+    (hidden,), loss = pieces()
     weight = model.get_output_embeddings().weight
     kept: list[int] = []
 
@@ -122,7 +130,7 @@ def test_no_more_logits_than_one_part_s_are_kept_for_the_backward_pass(
         loss(project(model, hidden), slice(None))
         assert sum(kept) >= NUM_ROWS  # what is looked for is found where the whole is kept
         kept.clear()
-        total = summed_loss(model, hidden, loss)
+        total = summed_loss(model, loss, hidden)
     if learns:
         assert not kept
     assert max(kept, default=0) <= 4
@@ -134,7 +142,7 @@ def test_no_more_logits_than_one_part_s_are_kept_for_the_backward_pass(
 def test_no_rows_have_loss_zero_and_gradient_zero(learns: bool) -> None:
     model = made(CONFIGS[0]).requires_grad_(learns)
     states = torch.randn(3, HIDDEN, requires_grad=True)
-    total = summed_loss(model, states[:0], lambda logits, part: logits.sum())
+    total = summed_loss(model, lambda logits, part: logits.sum(), states[:0])
     total.backward()
     assert total.item() == 0
     assert states.grad is not None and not states.grad.any()

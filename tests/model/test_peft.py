@@ -17,7 +17,6 @@ from ptp.data.documents import Documents
 from ptp.data.packing import WindowStream, collate
 from ptp.data.teacher import Prompt, sample_completions
 from ptp.model.adapter import AUXILIARY_WEIGHTS, PEFT_CONFIG, SETTINGS, fill, write_weights
-from ptp.model.auxiliary import make_auxiliary_embedding
 from ptp.model.masks import context_mask, window_mask
 from ptp.sampling import SamplingRule
 
@@ -116,9 +115,8 @@ def test_an_adapter_that_peft_has_trained_loads_here(make_base: Callable, tmp_pa
     assert "\n" not in str(refused.value)
 
     # As that line says.
-    embedding = make_auxiliary_embedding("binary", 32, 32, 1.0)
-    write_weights(tmp_path / AUXILIARY_WEIGHTS, embedding.state_dict())
     model = PTPModel(make_base(), PTPConfig(lora_rank=2, lora_alpha=6, window=WINDOW))
+    write_weights(tmp_path / AUXILIARY_WEIGHTS, model.added_weights())
     model.load_adapter(tmp_path)
     model.save_pretrained(tmp_path)
     loaded = PTPModel.from_pretrained(tmp_path, make_base())
@@ -157,7 +155,7 @@ def test_our_json_beside_peft_s_adapter_is_enough(tiny_llama: Callable, tmp_path
     for name in (SETTINGS, AUXILIARY_WEIGHTS):
         (tmp_path / "theirs" / name).write_bytes((tmp_path / "ours" / name).read_bytes())
     loaded = PTPModel.from_pretrained(tmp_path / "theirs", tiny_llama())
-    fill(tmp_path / "ours" / AUXILIARY_WEIGHTS, dict(loaded.auxiliary.named_parameters()))
+    fill(tmp_path / "ours" / AUXILIARY_WEIGHTS, loaded.added_weights())
     layer = loaded.base_model.get_submodule("model.layers.0.mlp.down_proj")
     assert float(layer.lora_B.detach().abs().max()) > 0.1
     assert layer.scale == 3

@@ -50,6 +50,7 @@ def adapted(base: PreTrainedModel) -> PTPModel:
     model = PTPModel(base, PTPConfig(window=4, lora_rank=4))
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=0.1)
+    torch.nn.init.normal_(model.chain.write.weight, std=0.1)
     return model
 
 

@@ -60,7 +60,8 @@ class Drafter:
         """As `ptp.model.proposal.Chain` corrects them."""
         chain, size = self.model.chain, self.num_known
         assert chain is not None
-        states = states.to(chain.write.weight.dtype)
+        # The base model's type may be another, also after this model was made.
+        dtype, states = states.dtype, states.to(chain.write.weight.dtype)
         # Of each position, the sum that its tokens add to as they become known; behind the last, room for theirs.
         hidden = F.pad(chain.state(states), (0, 0, 0, size))
         known = before if self.lead else torch.cat([bonus, before], dim=1)[:, :size]
@@ -69,7 +70,7 @@ class Drafter:
         found = []
         for index in range(states.shape[1]):
             here = slice(index, index + 1)
-            state = states[:, here] + F.linear(F.silu(hidden[:, here]), chain.write.weight)
+            state = (states[:, here] + F.linear(F.silu(hidden[:, here]), chain.write.weight)).to(dtype)
             found.append(self._propose(rules, state, self.logits_of(state), u[:, here]))
             token = bonus if index < self.lead else found[-1][0]
             hidden[:, index + 1 : index + 1 + size] += self._read(token)[:, 0]

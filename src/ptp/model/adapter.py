@@ -108,7 +108,7 @@ def find_adapter(directory: str | Path, *, revision: str | None = None, token: s
         raise AdapterError(
             f"{name} is an adapter of PEFT without {SETTINGS}, which holds window, variant and sampling rule: wrap its "
             f"base model in PTPModel(base_model, PTPConfig(lora_rank=..., window=...)), read it by load_adapter "
-            f"({AUXILIARY_WEIGHTS} beside it holds the embedding of u) and write all by save_pretrained"
+            f"({AUXILIARY_WEIGHTS} beside it holds its added_weights()) and write all by save_pretrained"
         )
     raise AdapterError(f"{name} holds no adapter ({SETTINGS} or adapter/{SETTINGS}); train one with ptp_train")
 
