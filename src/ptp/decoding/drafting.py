@@ -65,8 +65,9 @@ class Drafter:
         # Of each position, the sum that its tokens add to as they become known; behind the last, room for theirs.
         hidden = F.pad(chain.state(states), (0, 0, 0, size))
         known = before if self.lead else torch.cat([bonus, before], dim=1)[:, :size]
-        for place, read in enumerate(self._read(known).mul(known.ge(0)[..., None, None]).unbind(1)):
-            hidden[:, : size - place] += read[:, place:]
+        read = self._read(known.clamp(min=0)) * (known >= 0)[..., None, None]
+        for place in range(size):
+            hidden[:, : size - place] += read[:, place, place:]
         found = []
         for index in range(states.shape[1]):
             here = slice(index, index + 1)
@@ -78,7 +79,7 @@ class Drafter:
 
     def _read(self, tokens: Tensor) -> Tensor:
         """What a chain makes of tokens (B, n) for the places after them: (B, n, chain, size)."""
-        embedded = self.model.token_embedding(tokens.clamp(min=0)).to(self.reading.dtype)
+        embedded = self.model.token_embedding(tokens).to(self.reading.dtype)
         return F.linear(embedded, self.reading).unflatten(-1, (self.num_known, -1))
 
     def _propose(self, rules: Sequence[SamplingRule], states: Tensor, logits: Tensor, u: Tensor) -> list[Tensor]:
