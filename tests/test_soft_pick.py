@@ -1,5 +1,7 @@
 """The soft pick: the exact one at no blur, the likeliest token at much, and a chance in between."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -67,6 +69,36 @@ def test_the_loss_is_minus_log_of_the_chance_that_is_proposed(seed: int, blur: f
     tokens, confidences = soft_pick(logits, u, blurs, rule)
     loss = negative_log_chance(logits, tokens, u, blurs, rule)
     torch.testing.assert_close((-loss).exp(), confidences, atol=1e-4, rtol=0)
+
+
+@given(SEEDS, st.floats(1e-3, 10), st.floats(0, 1, exclude_max=True))
+def test_the_loss_is_exact_for_tokens_of_hardly_any_chance(seed: int, blur: float, u: float) -> None:
+    logits = (10 * drawn(seed, 1)[0]).squeeze(0)
+    edges = torch.cat([torch.zeros(1), logits.double().softmax(-1).cumsum(-1)]).tolist()
+
+    def rise(start: float, end: float) -> float:
+        """σ(end) − σ(start)."""
+        return -math.expm1(start - end) / ((1 + math.exp(-end)) * (1 + math.exp(start)))
+
+    for token in range(VOCAB):
+        start, end = edges[token : token + 2]
+        if end - start < 1e-12 or (end - u) / blur < -600 or (start - u) / blur > 600:
+            continue  # beyond what the check itself can tell
+        expected = math.log(rise(-u / blur, (1 - u) / blur)) - math.log(rise((start - u) / blur, (end - u) / blur))
+        found = negative_log_chance(logits, torch.tensor(token), torch.tensor(u), torch.tensor(blur), SamplingRule())
+        # An edge itself is rounded, and blur magnifies that.
+        assert float(found) == pytest.approx(expected, rel=1e-4, abs=1e-5 + 1e-6 / blur)
+
+
+def test_a_token_of_hardly_any_chance_is_learnt_all_the_same() -> None:
+    logits, blur = torch.tensor([30.0, 0.0, -5.0], requires_grad=True), torch.tensor(1e-3)
+    optimizer = torch.optim.Adam([logits], lr=0.5)
+    for _ in range(200):
+        loss = negative_log_chance(logits, torch.tensor(2), torch.tensor(0.5), blur, SamplingRule())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.01
 
 
 def test_a_greedy_rule_takes_the_likeliest_token_whatever_u_is() -> None:

@@ -14,16 +14,11 @@ Shapes: `...` any leading dimensions, V vocabulary.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ptp.sampling import SamplingRule
-
-LEAST_CHANCE = 1e-7
-"""Of a token, in a loss: less is as wrong, and teaches nothing."""
 
 LEAST_WIDTH = 1e-30
 """Of an interval, in a logarithm."""
@@ -92,7 +87,7 @@ def negative_log_chance(logits: Tensor, tokens: Tensor, u: Tensor, blur: Tensor,
         return torch.logsumexp(scores, -1) - scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     share, upper = (values.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for values in _shares(logits, rule))
     whole = _log_between(torch.ones_like(u), 1 - u, blur)
-    return (whole - _log_between(share, upper - u, blur)).clamp(max=-math.log(LEAST_CHANCE))
+    return whole - _log_between(share, upper - u, blur)
 
 
 def _log_between(width: Tensor, upper: Tensor, blur: Tensor) -> Tensor:

@@ -33,6 +33,9 @@ WINDOW, VOCABULARY = 4, 40
 RULE = SamplingRule(temperature=0.7)
 INVERSE = CONFIG.model_copy(update={"objective": "inverse_autoregressive"})
 SIZE = StudentConfig(hidden_size=32, num_layers=2, num_heads=2)
+OWN: dict[str, Any] = {"variant": "categorical", "chain": 0, "pick": "exact"}
+"""Windows that have distributions of their own, under which u can be drawn."""
+
 CHATS = [(30, ((3, 12), (15, 16), (19, 30))), (11, ((0, 4), (4, 9))), (6, ((2, 6),)), (14, ((1, 14),))]
 """Lengths and spans of documents that make one packed sequence together; some spans are shorter than a window."""
 
@@ -60,7 +63,7 @@ def make_model(tiny_llama: Callable, tiny_gpt2: Callable, random_adapter: Callab
     """Makes a model that predicts wildly: an adapter on a base model, a student, or a base model to be fine-tuned."""
 
     def make(kind: str = "llama", seed: int = 0, **settings: Any) -> PTPModel:
-        settings = {"variant": "categorical", "window": WINDOW, "lora_rank": 4, **settings}
+        settings = {**OWN, "window": WINDOW, "lora_rank": 4, **settings}
         torch.manual_seed(seed)
         if kind == "student":
             student = build_student(SIZE, LlamaConfig(vocab_size=VOCABULARY), INVERSE.sequence_length)
@@ -261,7 +264,7 @@ def test_a_model_from_scratch_learns_to_read_u(tmp_path: Path, monkeypatch: pyte
     config = TrainConfig(**{**dict(INVERSE), **changes})
     torch.manual_seed(0)
     student = build_student(SIZE, LlamaConfig(vocab_size=8), 24)
-    settings = PTPConfig(variant="categorical", window=2, student=SIZE, auxiliary="linear")
+    settings = PTPConfig(**OWN, window=2, student=SIZE, auxiliary="linear")
     model = StudentModel(student, settings, "teacher", "")
     model.rule = SamplingRule()
     PTPTrainer(model, config, model.rule, both[0], tmp_path).train()
@@ -313,7 +316,7 @@ def changed(config: ExperimentConfig, model: dict[str, Any], **training: Any) ->
         **{
             **dict(config),
             "sampling": RULE,
-            "model": PTPConfig(**{**dict(config.model), "variant": "categorical", **model}),
+            "model": PTPConfig(**{**dict(config.model), **OWN, **model}),
             "train": TrainConfig(**{**dict(config.train), **training}),
         }
     )
@@ -347,6 +350,8 @@ def test_any_text_trains_an_adapter_or_all_weights_without_a_teacher(
     ("overrides", "message"),
     [
         (["model.variant=one_hot"], "needs model.variant categorical"),
+        (["model.chain=2"], "set model.chain to 0 and model.pick to exact; got 2 and exact"),
+        (["model.pick=soft"], "set model.chain to 0 and model.pick to exact; got 0 and soft"),
         (["sampling.top_k=50"], "an interval for every token: set sampling.top_k to 0"),
         (["sampling.top_p=0.9"], "got temperature 0.7, top-k 0, top-p 0.9"),
         (["sampling.temperature=0"], "sampling.temperature above 0; got temperature 0,"),

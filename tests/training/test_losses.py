@@ -5,8 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ptp.config import PTPConfig
 from ptp.sampling import SamplingRule
-from ptp.training.losses import Targets, window_loss, window_targets
+from ptp.soft_pick import soft_pick
+from ptp.training.losses import Targets, WindowLoss, window_loss, window_targets
 
 # Two documents and one padding position. The first ended by itself, 13 being its end token; the second was cut off.
 IDS = torch.tensor([[10, 11, 12, 13, 20, 21, 22, 0]])
@@ -108,18 +110,29 @@ def loss_of(
     logits: Tensor, targets: Targets, weights: Tensor, teacher_logits: Tensor | None = None, **settings: Any
 ) -> Tensor:
     """The total of `window_loss` of states that are logits already."""
-    teacher_logits = torch.zeros(2, 9, logits.shape[-1]) if teacher_logits is None else teacher_logits
-    rule = settings.pop("rule", SamplingRule())
+    return loss_with(PTPConfig(variant="one_hot"), logits, targets, weights, teacher_logits, **settings).total
+
+
+def loss_with(
+    config: PTPConfig,
+    logits: Tensor,
+    targets: Targets,
+    weights: Tensor,
+    teacher_logits: Tensor | None = None,
+    **settings: Any,
+) -> WindowLoss:
+    """`window_loss` of states that are logits already."""
     return window_loss(
         logits,
-        teacher_logits,
+        torch.zeros(2, 9, logits.shape[-1]) if teacher_logits is None else teacher_logits,
         targets,
         weights,
-        rule,
-        summed=lambda rows, loss: loss(rows, slice(None)),
+        config,
+        settings.pop("rule", SamplingRule()),
+        summed=lambda loss, *rows: loss(*rows, slice(None)),
         logits_of=lambda rows: rows,
         **settings,
-    ).total
+    )
 
 
 def test_cross_entropy_is_the_weighted_sum_over_valid_targets() -> None:
@@ -129,6 +142,56 @@ def test_cross_entropy_is_the_weighted_sum_over_valid_targets() -> None:
         weights = decay ** torch.arange(4.0)
         expected = slow_cross_entropy(logits, targets, weights)
         assert float(loss_of(logits, targets, weights)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_categorical_windows_are_judged_at_the_rule_s_temperature() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(2, 3, 4, 7, generator=generator), random_targets(generator, 7)
+    config, weights = PTPConfig(variant="categorical", pick="exact"), torch.ones(4)
+    for temperature in (0.7, 1.5):
+        found = loss_with(config, logits, targets, weights, rule=SamplingRule(temperature=temperature)).total
+        assert float(found) == pytest.approx(slow_cross_entropy(logits / temperature, targets, weights), rel=1e-5)
+    # Greedy windows are read by their likeliest token, whatever they are divided by.
+    found = loss_with(config, logits, targets, weights, rule=SamplingRule(temperature=0)).total
+    assert float(found) == pytest.approx(slow_cross_entropy(logits, targets, weights), rel=1e-5)
+
+
+def slow_chance(probs: list[float], token: int, u: float, blur: float) -> float:
+    def sigmoid(edge: float) -> float:
+        return 1 / (1 + math.exp(-(edge - u) / blur))
+
+    lower = math.fsum(probs[:token])
+    return (sigmoid(lower + probs[token]) - sigmoid(lower)) / (sigmoid(1.0) - sigmoid(0.0))
+
+
+@pytest.mark.parametrize("distillation", [0.0, 0.5])
+def test_a_soft_pick_is_judged_by_the_chance_that_its_own_u_picks_the_target(distillation: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(2, 3, 4, 7, generator=generator), random_targets(generator, 7)
+    u, blur = (torch.rand(2, 3, 4, generator=generator) for _ in range(2))
+    weights, rule = 0.8 ** torch.arange(4.0), SamplingRule(temperature=0.7)
+    config = PTPConfig(variant="categorical", pick="soft")
+    found = loss_with(config, logits, targets, weights, rule=rule, u=u, blur=blur, distillation=distillation)
+    expected = 0.0
+    for b, n, k in targets.valid.nonzero().tolist():
+        probs = [math.exp(value) for value in log_softmax(logits[b, n, k] / 0.7)]
+        token = int(targets.token_ids[b, n, k])
+        expected -= float(weights[k]) * math.log(slow_chance(probs, token, float(u[b, n, k]), float(blur[b, n, k])))
+    if distillation:
+        teacher_logits = torch.zeros(2, 9, 7)
+        expected += distillation * slow_divergence(logits / 0.7, teacher_logits, targets, 0.7, 7, weights)
+    assert float(found.total) == pytest.approx(expected, rel=1e-4)
+    assert found.predicted is not None
+    tokens, confidences = soft_pick(logits, u, blur, rule)
+    assert torch.equal(found.predicted[0], tokens * targets.valid)
+    torch.testing.assert_close(found.predicted[1], confidences * targets.valid)
+
+
+def test_nothing_is_predicted_where_no_u_is_given() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(2, 3, 4, 7, generator=generator), random_targets(generator, 7)
+    config = PTPConfig(variant="categorical", pick="exact")
+    assert loss_with(config, logits, targets, torch.ones(4)).predicted is None
 
 
 def test_divergence_is_the_weighted_sum_of_kl_to_the_teacher_s_warped_distribution() -> None:

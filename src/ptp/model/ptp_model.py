@@ -84,11 +84,11 @@ class PTPModel(nn.Module):
         self.gate = Gate()
         self.prepare_weights()
         check_calls(base_model, self.gate)
-        tokens, config = self.token_embedding.weight.detach(), self.ptp_config
+        tokens, config = self.token_embedding.weight, self.ptp_config
         hidden_size = tokens.shape[1]
-        self.embedding_scale = float(tokens.float().square().mean().sqrt())
+        self._first_scale = float(_root_mean_square(tokens))
         self.auxiliary = make_auxiliary_embedding(
-            config.auxiliary, config.auxiliary_size, hidden_size, self.embedding_scale
+            config.auxiliary, config.auxiliary_size, hidden_size, self._first_scale
         ).to(tokens.device)
         chains, blurs = config.chain > 0, config.picks_softly
         self.chain = Chain(config.chain, config.chain_size, hidden_size).to(tokens.device) if chains else None
@@ -216,6 +216,11 @@ class PTPModel(nn.Module):
     @property
     def token_embedding(self) -> nn.Embedding:
         return cast(nn.Embedding, self.base_model.get_input_embeddings())
+
+    @property
+    def embedding_scale(self) -> float | Tensor:
+        """Size of the token embeddings' numbers; of embeddings that learn, as they are now."""
+        return _root_mean_square(self.token_embedding.weight) if self.learns_to_read else self._first_scale
 
     @property
     def device(self) -> torch.device:
@@ -428,6 +433,10 @@ class PTPModel(nn.Module):
         )
         keys = torch.cat([positions, earlier, own], dim=1)
         return self.read(inputs, own, mask, cache, gate_start=0, key_positions=keys)
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    return values.detach().float().square().mean().sqrt()
 
 
 def dividing(number: int, most: int) -> int:
