@@ -131,7 +131,10 @@ class SpySession(OracleSession):
         self.proposed.clear()
         outcomes = super()._call(texts, layouts)
         if outcomes[0].drafts:
-            logits, u, tokens = (torch.cat(parts, dim=1)[0] for parts in zip(*self.proposed, strict=True))
+            # All positions of the one text's branch at once, or one after the other.
+            rows, *numbers = zip(*self.proposed, strict=True)
+            logits = torch.cat([part.flatten(0, -2) for part in rows])
+            u, tokens = (torch.cat([part.flatten() for part in parts]) for parts in numbers)
             self.seen.append((logits, u, tokens, texts[0].num_written + outcomes[0].verified.num_accepted))
         return outcomes
 
