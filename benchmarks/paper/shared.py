@@ -33,7 +33,7 @@ from ptp.training.metrics import WindowMetrics
 from ptp.training.objective import evaluate_windows
 from ptp.training.trainer import PTPTrainer
 
-WINDOWS = ("model.variant=one_hot", "model.pick=exact", "model.chain=0", "train.distillation=0")
+WINDOWS = ("model.variant=one_hot", "model.pick=exact", "model.chain=0")
 """The paper's: what a position proposes comes out of one call, of u alone."""
 
 FIRST_INDICES = 3

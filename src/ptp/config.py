@@ -54,7 +54,7 @@ class PTPConfig(Record):
 
     variant: Literal["one_hot", "categorical"] = "categorical"
     pick: Literal["soft", "exact"] = "soft"
-    chain: int = Field(2, ge=0)
+    chain: int = Field(3, ge=0)
     chain_size: int = Field(512, ge=1)
     window: int = Field(16, ge=1)
     auxiliary: str = "binary"
@@ -217,12 +217,12 @@ class TrainConfig(Record):
     process, gradient_accumulation_steps times. sequence_length: tokens of one. windows_per_sequence: N. dtype: of the
     base model's weights; where all weights train they are float32, and computed with in dtype. beta: concentration of
     u's place in its interval (METHOD §3). distillation: weight of the KL to the teacher beside the cross-entropy's 1
-    (categorical only). position_decay: γ, weight γ^k of window index k. gradient_checkpointing: keep less for the
-    backward pass and compute it again there, for less memory and more time. save_every: steps between checkpoints, each
-    evaluated on held-out windows; save_minutes: minutes between further ones. log_every: steps between rows of metrics.
-    budget: positions of a decoding call that τ is simulated for. fsdp: the base model's weights are shared out between
-    the processes of several GPUs. report_to:
-    trackers, as transformers names them.
+    (categorical only; null: 1 where that can be, see `kl_weight`). position_decay: γ, weight γ^k of window index k.
+    gradient_checkpointing: keep less for the backward pass and compute it again there, for less memory and more time.
+    save_every: steps between checkpoints, each evaluated on held-out windows; save_minutes: minutes between further
+    ones. log_every: steps between rows of metrics. budget: positions of a decoding call that τ is simulated for.
+    fsdp: the base model's weights are shared out between the processes of several GPUs. report_to: trackers, as
+    transformers names them.
     """
 
     objective: Literal["teacher", "inverse_autoregressive"] = "teacher"
@@ -237,7 +237,7 @@ class TrainConfig(Record):
     warmup_steps: int = Field(50, ge=0)
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     beta: float = Field(0.3, gt=0)
-    distillation: float = Field(0.0, ge=0)
+    distillation: float | None = Field(None, ge=0)
     position_decay: float = Field(1.0, gt=0, le=1)
     gradient_checkpointing: bool = False
     save_every: int = Field(250, ge=1)
@@ -256,6 +256,12 @@ class TrainConfig(Record):
                 f"{self.num_epochs}"
             )
         return self
+
+    def kl_weight(self, model: PTPConfig) -> float:
+        """Weight of the KL to the teacher; unless it is set, 1 where windows have a distribution and a teacher."""
+        if self.distillation is not None:
+            return self.distillation
+        return float(model.variant == "categorical" and not model.trains_all and not self.inverse)
 
     @property
     def inverse(self) -> bool:

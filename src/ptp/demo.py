@@ -77,12 +77,12 @@ TINY = DemoSize(
 )
 STARTER = DemoSize(
     vocab_size=1024,
-    hidden_size=256,
-    num_layers=6,
-    teacher_steps=6000,
+    hidden_size=192,
+    num_layers=5,
+    teacher_steps=2400,
     num_prompts=8000,
     max_new_tokens=128,
-    adapter_steps=4000,
+    adapter_steps=1500,
     num_verified=32,
 )
 """The pair that comes with the package (scripts/make_starter.py)."""
@@ -217,12 +217,20 @@ def train_teacher(
     temporary.replace(directory)
 
 
-def make_teacher(directory: Path, size: DemoSize, callbacks: Sequence[TrainerCallback] = ()) -> None:
-    """Stage (1): the base model in `directory`/teacher and the prompts beside it; kept if they are there."""
+def make_teacher(
+    directory: Path,
+    size: DemoSize,
+    callbacks: Sequence[TrainerCallback] = (),
+    functions: Sequence[Function] | None = None,
+) -> None:
+    """Stage (1): the base model in `directory`/teacher and the prompts beside it; kept if they are there.
+
+    functions: what it learns, or other texts with their headers; by default `library_functions`.
+    """
     if (directory / "teacher" / "config.json").exists():
         return
     directory.mkdir(parents=True, exist_ok=True)
-    functions = library_functions()
+    functions = library_functions() if functions is None else functions
     headers = list(dict.fromkeys(function.header for function in functions))[: size.num_prompts]
     lines = "".join(json.dumps({"header": header}) + "\n" for header in headers)
     write_atomically(directory / "prompts.jsonl", lines.encode())
@@ -251,9 +259,7 @@ def demo_config(size: DemoSize) -> ExperimentConfig:
         ),
         # On a model this small a call's time goes into single operations: fewer gated layers, of higher rank, pay.
         model=PTPConfig(
-            variant="one_hot",
             window=8,
-            anchor="first",
             lora_rank=64,
             lora_alpha=64,
             lora_targets=("gate_proj", "up_proj", "down_proj"),

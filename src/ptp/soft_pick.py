@@ -69,8 +69,7 @@ def soft_pick(logits: Tensor, u: Tensor, blur: Tensor, rule: SamplingRule) -> tu
         if rule.order == "vocabulary":
             # Each token's upper edge is the next one's lower: half the work of `chance`.
             probs = (logits.float() / rule.temperature).softmax(-1)
-            edges = torch.cat([torch.zeros_like(u), probs.cumsum(-1)], dim=-1)
-            below = torch.sigmoid((edges - u) / blur)
+            below = torch.sigmoid((F.pad(probs, (1, 0)).cumsum(-1) - u) / blur)
             best = below.diff(dim=-1).max(-1)
             return best.indices, best.values / (below[..., -1] - below[..., 0])
         lower, upper = soft_intervals(logits, rule)

@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptp.decoding.verification import by_rule
-from ptp.model.proposal import propose
+from ptp.model.proposal import positive, propose
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import LogitsOf, SamplingRule
+
+MOST_TABLED = 1 << 22
+"""Numbers that a table of what a chain makes of every token may have: small models spend their time between operations,
+and for large ones it would take too much memory."""
 
 
 class Drafter:
@@ -27,10 +31,18 @@ class Drafter:
     def __init__(self, model: PTPModel, logits_of: LogitsOf) -> None:
         self.model, self.logits_of = model, logits_of
         self.lead, self.num_known = model.ptp_config.lead, model.ptp_config.chain
-        if model.chain is not None:
-            # A token is read once, for all the places before a draft that it will have.
-            weights = [cast(nn.Linear, read).weight for read in model.chain.tokens]
-            self.reading = torch.cat(weights) / model.embedding_scale
+        chain, blur = model.chain, model.blur
+        if chain is None:
+            return
+        # A token is read once, for all the places before a draft that it will have.
+        read = torch.cat([cast(nn.Linear, place).weight for place in chain.tokens]) / model.embedding_scale
+        embeddings = model.token_embedding.weight
+        self.table = F.linear(embeddings.to(read.dtype), read) if len(embeddings) * len(read) <= MOST_TABLED else None
+        self.read = read
+        # A correction of the blur is one number more of a correction of the state.
+        self.write = chain.write.weight
+        if blur is not None:
+            self.write = torch.cat([self.write, blur.linear.weight @ self.write])
 
     def __call__(
         self,
@@ -50,7 +62,9 @@ class Drafter:
         if self.num_known:
             tokens, confidences = self._in_turn(rules, states, u, bonus, before)
         else:
-            tokens, confidences = self._propose(rules, states, self.logits_of(states) if logits is None else logits, u)
+            logits = self.logits_of(states) if logits is None else logits
+            blur = [] if self.model.blur is None else [self.model.blur(states)]
+            tokens, confidences = self._propose(rules, logits, u, *blur)
         foreseen = tokens[:, :1] == bonus if self.lead else None
         return [tokens[:, self.lead :], self.model.calibration(confidences[:, self.lead :], foreseen)]
 
@@ -58,31 +72,35 @@ class Drafter:
         self, rules: Sequence[SamplingRule], states: Tensor, u: Tensor, bonus: Tensor, before: Tensor
     ) -> list[Tensor]:
         """As `ptp.model.proposal.Chain` corrects them."""
-        chain, size = self.model.chain, self.num_known
+        chain, blur, size, width = self.model.chain, self.model.blur, self.num_known, states.shape[-1]
         assert chain is not None
         # The base model's type may be another, also after this model was made.
-        dtype, states = states.dtype, states.to(chain.write.weight.dtype)
+        dtype, states = states.dtype, states.to(self.write.dtype)
         # Of each position, the sum that its tokens add to as they become known; behind the last, room for theirs.
         hidden = F.pad(chain.state(states), (0, 0, 0, size))
         known = before if self.lead else torch.cat([bonus, before], dim=1)[:, :size]
-        for place, read in enumerate(self._read(known).mul(known.ge(0)[..., None, None]).unbind(1)):
-            hidden[:, : size - place] += read[:, place:]
+        read = self._read(known.clamp(min=0)) * (known >= 0)[..., None, None]
+        for place in range(size):
+            hidden[:, : size - place].add_(read[:, place, place:])
+        if blur is not None:
+            states = torch.cat([states, blur.linear(states)], dim=-1)
         found = []
         for index in range(states.shape[1]):
-            here = slice(index, index + 1)
-            state = (states[:, here] + F.linear(F.silu(hidden[:, here]), chain.write.weight)).to(dtype)
-            found.append(self._propose(rules, state, self.logits_of(state), u[:, here]))
-            token = bonus if index < self.lead else found[-1][0]
-            hidden[:, index + 1 : index + 1 + size] += self._read(token)[:, 0]
-        return [torch.cat(parts, dim=1) for parts in zip(*found, strict=True)]
+            row = states[:, index] + F.linear(F.silu(hidden[:, index]), self.write)
+            raw = [] if blur is None else [positive(row[:, width])]
+            found.append(self._propose(rules, self.logits_of(row[:, :width].to(dtype)), u[:, index], *raw))
+            token = bonus[:, 0] if index < self.lead else found[-1][0]
+            hidden[:, index + 1 : index + 1 + size].add_(self._read(token))
+        return [torch.stack(parts, dim=1) for parts in zip(*found, strict=True)]
 
     def _read(self, tokens: Tensor) -> Tensor:
-        """What a chain makes of tokens (B, n) for the places after them: (B, n, chain, size)."""
-        embedded = self.model.token_embedding(tokens.clamp(min=0)).to(self.reading.dtype)
-        return F.linear(embedded, self.reading).unflatten(-1, (self.num_known, -1))
+        """What a chain makes of tokens (...) for the places after them: (..., chain, size)."""
+        if self.table is not None:
+            return F.embedding(tokens, self.table).unflatten(-1, (self.num_known, -1))
+        embedded = self.model.token_embedding(tokens).to(self.read.dtype)
+        return F.linear(embedded, self.read).unflatten(-1, (self.num_known, -1))
 
-    def _propose(self, rules: Sequence[SamplingRule], states: Tensor, logits: Tensor, u: Tensor) -> list[Tensor]:
-        blur = [] if self.model.blur is None else [self.model.blur(states)]
+    def _propose(self, rules: Sequence[SamplingRule], logits: Tensor, u: Tensor, *blur: Tensor) -> list[Tensor]:
         return by_rule(rules, partial(_by, self.model), logits, u, *blur)
 
 

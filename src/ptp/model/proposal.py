@@ -64,8 +64,12 @@ class Blur(nn.Module):
         nn.init.constant_(self.linear.bias, FIRST_BLUR)
 
     def forward(self, states: Tensor) -> Tensor:
-        blur: Tensor = self.linear(states.to(self.linear.weight.dtype)).squeeze(-1)
-        return F.softplus(blur.float()) + LEAST_BLUR
+        return positive(self.linear(states.to(self.linear.weight.dtype)).squeeze(-1))
+
+
+def positive(raw: Tensor) -> Tensor:
+    """A blur of any number that a network gives, float32."""
+    return F.softplus(raw.float()) + LEAST_BLUR
 
 
 def tokens_before(ids: Tensor, positions: Tensor, index: Tensor, num_tokens: int) -> Tensor:

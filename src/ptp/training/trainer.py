@@ -100,7 +100,7 @@ class PTPTrainer(Trainer):
         # The loss comes out divided by what `_get_num_items_in_batch` says.
         self.model_accepts_loss_kwargs = True
         weights = config.position_decay ** torch.arange(window, dtype=torch.float32)
-        self.objective: Objective = Objective(rule, weights, config.distillation, config.inverse)
+        self.objective: Objective = Objective(rule, weights, config.kl_weight(model.ptp_config), config.inverse)
         self.running = WindowMetrics.zeros(model.ptp_config)
         self.losses: list[Tensor] = []
         self.norms: list[Tensor | float] = []
