@@ -82,7 +82,7 @@ STARTER = DemoSize(
     teacher_steps=2400,
     num_prompts=8000,
     max_new_tokens=128,
-    adapter_steps=1500,
+    adapter_steps=900,
     num_verified=32,
 )
 """The pair that comes with the package (scripts/make_starter.py)."""
