@@ -64,6 +64,8 @@ def adapted(base: PreTrainedModel, std: float = 0.1, **settings: object) -> PTPM
     model = PTPModel(deepcopy(base), PTPConfig(**{"window": 4, "lora_rank": 4, **settings}))
     for layer in lora_layers(model).values():
         torch.nn.init.normal_(layer.lora_B, std=std)
+    if model.chain is not None:
+        torch.nn.init.normal_(model.chain.write.weight, std=std)
     return model
 
 

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer import SCHEDULER_NAME
@@ -213,9 +214,11 @@ class PTPTrainer(Trainer):
         """What held-out windows say of the model as it is; all processes share the work and get the whole."""
         assert self.validation is not None, "there are no documents to validate with"
         number, processes = self.args.process_index, self.args.world_size
-        return self._total(
-            evaluate_windows(self.model, self.validation, self.config, self.objective.rule, number, processes)
-        )
+        found = evaluate_windows(self.model, self.validation, self.config, self.objective.rule, number, processes)
+        if isinstance(self.model, FSDPModule):
+            # Without a backward pass the outermost weights stay whole; optimiser and files are about their shards.
+            self.model.reshard()
+        return self._total(found)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure and log; the names begin with `eval_`."""
