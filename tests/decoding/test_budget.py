@@ -174,7 +174,8 @@ def test_calls_are_measured_by_the_positions_that_they_have(
     base: PreTrainedModel, random_adapter: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    model = random_adapter(PTPModel(deepcopy(base), PTPConfig(window=8)))
+    # Drafts that are as good as certain, as those of much noise, leave nothing to spend positions on.
+    model = random_adapter(PTPModel(deepcopy(base), PTPConfig(window=8)), std=0.1)
     seen = []
     read = PTPModel.read
 
