@@ -55,6 +55,21 @@ def test_no_call_is_traced_again_whatever_the_texts(
     check(tiny_llama(20), random_adapter, variant, num_slots)
 
 
+@pytest.mark.parametrize("variant", ["categorical", "one_hot"])
+def test_compiled_calls_draft_the_same(
+    monkeypatch: pytest.MonkeyPatch, tiny_llama: Callable, random_adapter: Callable, variant: str
+) -> None:
+    monkeypatch.setattr(decoder_module, "compiled_layers", traced)
+    # Few tokens: drafts are often right by chance.
+    model = random_adapter(PTPModel(tiny_llama(6), PTPConfig(variant=variant, window=5)), std=0.1)
+    plain, compiled = (
+        Decoder(model, RULE, budget=8, compile=each).generate([1, 2, 3], 60, end_token_ids=[])
+        for each in (False, True)
+    )
+    assert compiled.steps == plain.steps
+    assert plain.num_accepted_tokens > 3
+
+
 @pytest.mark.slow
 def test_compiled_calls_write_the_same_text(tiny_llama: Callable, random_adapter: Callable) -> None:
     check(tiny_llama(20), random_adapter, "one_hot", num_slots=2)

@@ -150,7 +150,10 @@ class SpyDecoder(OracleDecoder):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("chain", "pick"), [(0, "exact"), (0, "soft"), (1, "exact"), (3, "soft")])
+@pytest.mark.parametrize(
+    ("chain", "pick", "most_tabled"),
+    [(0, "exact", 0), (0, "soft", 0), (1, "exact", 0), (3, "soft", 0), (3, "soft", 10**6)],
+)
 @pytest.mark.parametrize("variant", ["categorical", "one_hot"])
 @pytest.mark.parametrize("anchor", ["none", "first", "all"])
 def test_a_branch_that_came_true_is_the_training_window_behind_the_same_context(
@@ -161,7 +164,9 @@ def test_a_branch_that_came_true_is_the_training_window_behind_the_same_context(
     anchor: str,
     chain: int,
     pick: str,
+    most_tabled: int,
 ) -> None:
+    monkeypatch.setattr("ptp.decoding.drafting.MOST_TABLED", most_tabled)
     num_tokens = 40
     config = PTPConfig(variant=variant, anchor=anchor, window=8, chain=chain, chain_size=16, pick=pick)
     model = random_adapter(PTPModel(deepcopy(base), config), std=0.1)

@@ -185,6 +185,32 @@ def test_texts_of_one_batch_may_be_sampled_by_different_rules(
         assert text.tokens[len(text.request.prompt_ids) :] == expected
 
 
+@pytest.mark.parametrize("variant", ["categorical", "one_hot"])
+def test_each_text_of_a_batch_is_drafted_for_as_alone_by_its_own_rule(
+    base: PreTrainedModel, random_adapter: Callable, variant: str
+) -> None:
+    # Of much noise, drafts would be as good as certain, and rounding would decide what a call spends positions on.
+    model = random_adapter(PTPModel(deepcopy(base), PTPConfig(variant=variant, window=6)), std=0.1)
+    decoder = Decoder(model, RULE, budget=14)
+    requests = [
+        make_request(base, prompt, 30, 4, number, [], rule=MIXED[number % 3])
+        for number, prompt in enumerate(some_prompts(5, seed=7))
+    ]
+
+    def verified(together: list[Request]) -> list[list[tuple[int, int]]]:
+        """Of each text's calls, the drafts verified and accepted."""
+        session = decoder.session(len(together))
+        found: dict[Text, list[tuple[int, int]]] = {session.enter(request): [] for request in together}
+        while session.texts:
+            for text, step in session.step():
+                found[text].append((step.num_drafts, step.num_accepted))
+        return list(found.values())
+
+    together = verified(requests)
+    assert together == [verified([request])[0] for request in requests]
+    assert sum(num_accepted for calls in together for _, num_accepted in calls) > 10
+
+
 @pytest.mark.parametrize("budget", [0, 3])
 def test_a_request_may_spend_less_than_the_policy_would(decoder: Decoder, base: PreTrainedModel, budget: int) -> None:
     learnt: list[int] = []

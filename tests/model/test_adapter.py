@@ -18,6 +18,7 @@ from ptp.config import PTPConfig
 from ptp.data.documents import Documents
 from ptp.data.packing import WindowStream, collate
 from ptp.data.teacher import Prompt, sample_completions
+from ptp.decoding.decoder import Decoder
 from ptp.errors import AdapterError
 from ptp.model.adapter import AUXILIARY_WEIGHTS, LORA_WEIGHTS, SETTINGS, fingerprint
 from ptp.model.auxiliary import EMBEDDINGS
@@ -103,6 +104,13 @@ def test_a_loaded_adapter_is_the_saved_one(
     model.save_pretrained(tmp_path / "adapter")
     loaded = PTPModel.from_pretrained(tmp_path / "adapter")
     assert torch.equal(window_logits(loaded, tiny_llama), window_logits(model, tiny_llama))
+    # What stands behind the windows' states, too.
+    states, before = torch.randn(5, 32), torch.randint(40, (5, model.ptp_config.chain))
+    corrected = model.chained(states, before)
+    assert torch.equal(loaded.chained(states, before), corrected)
+    assert (model.blur is None) == (variant == "one_hot")
+    if model.blur is not None and loaded.blur is not None:
+        assert torch.equal(loaded.blur(corrected), model.blur(corrected))
     assert (loaded.ptp_config, loaded.rule, loaded.survival) == (model.ptp_config, RULE, SURVIVAL)
     assert loaded.calibration == CALIBRATION
 
@@ -113,6 +121,28 @@ def test_an_adapter_of_before_calibration_loads_with_confidences_as_they_are(sav
     (saved / SETTINGS).write_text(json.dumps(settings))
     confidences = torch.tensor([0.0, 0.3, 0.999, 1.0])
     assert torch.equal(PTPModel.from_pretrained(saved).calibration(confidences), confidences)
+
+
+@pytest.mark.parametrize("variant", ["one_hot", "categorical"])
+def test_an_adapter_of_before_chains_loads_and_drafts_without_one(
+    base_directory: Path, random_adapter: Callable, tmp_path: Path, variant: str
+) -> None:
+    model = new_model(base_directory, random_adapter, variant=variant, pick="exact", chain=0)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / SETTINGS).read_text())
+    for name in ("pick", "chain", "chain_size"):
+        del stored["config"][name]
+    (tmp_path / SETTINGS).write_text(json.dumps(stored | {"format_version": 1}))
+    loaded = PTPModel.from_pretrained(tmp_path)
+    assert loaded.ptp_config == model.ptp_config
+    assert loaded.chain is None and loaded.blur is None
+    expected, found = (Decoder(each, budget=8).generate([3, 4], 20, end_token_ids=[]) for each in (model, loaded))
+    assert found == expected
+    assert found.num_draft_tokens > 0
+    # Saved again, it says so itself.
+    loaded.save_pretrained(tmp_path / "again")
+    again = json.loads((tmp_path / "again" / SETTINGS).read_text())
+    assert (again["format_version"], again["config"]["pick"], again["config"]["chain"]) == (2, "exact", 0)
 
 
 def test_an_experiment_directory_stands_for_its_adapter(saved: Path, model: PTPModel, tiny_llama: Callable) -> None:
