@@ -63,8 +63,7 @@ def test_compiled_calls_draft_the_same(
     # Few tokens: drafts are often right by chance.
     model = random_adapter(PTPModel(tiny_llama(6), PTPConfig(variant=variant, window=5)), std=0.1)
     plain, compiled = (
-        Decoder(model, RULE, budget=8, compile=each).generate([1, 2, 3], 60, end_token_ids=[])
-        for each in (False, True)
+        Decoder(model, RULE, budget=8, compile=each).generate([1, 2, 3], 60, end_token_ids=[]) for each in (False, True)
     )
     assert compiled.steps == plain.steps
     assert plain.num_accepted_tokens > 3
