@@ -213,7 +213,7 @@ def test_what_is_saved_is_loaded_and_any_program_can_read_the_student(
     assert not torch.equal(loaded(**batch).windows, model(**batch).windows)
     loaded.load_adapter(tmp_path)
     assert torch.equal(loaded(**batch).windows, model(**batch).windows)
-    states, before = torch.randn(5, 32), torch.randint(12, (5, 2))
+    states, before = torch.randn(5, 32), torch.randint(12, (5, model.ptp_config.chain))
     assert torch.equal(loaded.chained(states, before), model.chained(states, before))
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert torch.equal(alone(batch["ids"]).logits, model.base_model(batch["ids"]).logits)
