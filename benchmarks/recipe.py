@@ -78,8 +78,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "paper, anchor first": (*PAPER, "model.anchor=first"),
     "paper, AdamW at 1e-3": (*PAPER, "train.optimizer=adamw", "train.learning_rate=0.001"),
     "paper, chain": (*PAPER, "model.chain=3"),
-    "paper, categorical": (*PAPER, "model.variant=categorical", "model.pick=exact"),
-    "paper, categorical, soft pick": (*PAPER, "model.variant=categorical"),
+    "paper, categorical": (*PAPER, "model.variant=categorical", "model.pick=exact", "train.distillation=0"),
+    "paper, categorical, soft pick": (*PAPER, "model.variant=categorical", "train.distillation=0"),
+    "no continuation": ("model.continuation=false",),
     "no chain": ("model.chain=0",),
     "chain of 1": ("model.chain=1",),
     "chain of 2": ("model.chain=2",),
@@ -88,6 +89,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "exact pick": ("model.pick=exact",),
     "one-hot": ("model.variant=one_hot",),
     "hard labels alone": ("train.distillation=0",),
+    "hard labels and KL": ("train.distillation=0.5",),
     "u withheld": ("model.auxiliary=none",),
     "probability order": ("sampling.order=probability",),
     **{f"{name} embedding": (f"model.auxiliary={name}",) for name in ("linear", "fourier", "sawtooth", "bins")},
@@ -200,7 +202,7 @@ def run_arm(arm: str, seed: int, experiment: Experiment, options: argparse.Names
     model = train(changed, training.select(np.arange(len(training)) < num_documents))
     seconds = time.perf_counter() - started
     metrics = evaluate_windows(model, validation, changed.config.train.model_copy(update={"seed": 0}), rule)
-    model.survival, model.calibration = metrics.survival, metrics.calibration
+    metrics.tell(model)
     with TemporaryDirectory() as adapter:
         model.save_pretrained(adapter)
         model = PTPModel.from_pretrained(adapter, dtype="float32")

@@ -104,14 +104,14 @@ def tiny_gpt2() -> Callable[..., GPT2LMHeadModel]:
 
 @pytest.fixture(scope="session")
 def random_adapter() -> Callable[..., PTPModel]:
-    """Fills every lora_B, chain and blur with noise, so that a model drafts wrongly in every way; returns the model."""
+    """Fills all that begins with zeros, from lora_B on, with noise: a model that drafts wrongly in every way."""
 
     def fill(model: PTPModel, std: float = 1.0, seed: int = 0) -> PTPModel:
         generator = torch.Generator().manual_seed(seed)
         for layer in lora_layers(model).values():
             with torch.no_grad():
                 layer.lora_B.normal_(std=std, generator=generator)
-        for part in (model.chain, model.blur):
+        for part in (model.chain, model.blur, model.continuation):
             for parameter in part.parameters() if part is not None else ():
                 with torch.no_grad():
                     parameter.normal_(std=std, generator=generator)

@@ -99,7 +99,7 @@ def test_on_drafts_it_has_not_seen_it_is_never_much_worse_and_soon_better(num_dr
 def test_each_window_is_read_from_the_curve_of_what_it_foresaw() -> None:
     calibration = Calibration(curves=((0.1, 0.3), (0.5, 0.9)))
     confidences = torch.tensor([[0.0, 0.25, 0.5, 1.0], [0.0, 0.25, 0.5, 1.0]])
-    chances = calibration(confidences, foreseen=torch.tensor([[False], [True]]))
+    chances = calibration(confidences, curve=torch.tensor([[False], [True]]))
     assert torch.allclose(chances, torch.tensor([[0.1, 0.1, 0.2, 0.3], [0.5, 0.5, 0.7, 0.9]]))
 
 

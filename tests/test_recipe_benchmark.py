@@ -40,8 +40,8 @@ def test_every_arm_is_a_setting_that_can_be_trained(recipe: Any, folder: Path) -
     differing = {config.model_dump_json() for config in configs.values()}
     # What the tiny experiment is already, an arm does not change.
     assert len(differing) >= len(configs) - 6
-    assert configs["paper"].train.kl_weight(configs["paper"].model) == 0
-    assert configs["recipe"].train.kl_weight(configs["recipe"].model) == 1
+    assert configs["paper"].train.kl_share(configs["paper"].model) == 0
+    assert configs["recipe"].train.kl_share(configs["recipe"].model) == 1
 
 
 def test_a_bench_measures_decoding_keeps_its_runs_and_lets_arms_join(

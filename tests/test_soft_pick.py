@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from ptp.sampling import SamplingRule, interval, pick, warp
 from ptp.soft_pick import chance, negative_log_chance, soft_intervals, soft_pick
@@ -39,7 +40,7 @@ def test_without_blur_it_is_the_pick(seed: int, order: str | tuple[int, ...]) ->
     rule = SamplingRule(order=order)
     lower, upper = soft_intervals(logits, rule)
     distance = torch.minimum((lower - u[:, None]).abs(), (upper - u[:, None]).abs()).amin(-1)
-    tokens, confidences = soft_pick(logits, u, torch.full_like(u, 1e-6), rule)
+    tokens, confidences = (part[..., 0] for part in soft_pick(logits, u, torch.full_like(u, 1e-6), rule))
     clear = distance > 1e-4
     assert torch.equal(tokens[clear], pick(warp(logits, rule), u)[clear])
     assert (confidences[clear] > 0.99).all()
@@ -62,13 +63,27 @@ def test_chances_of_all_tokens_sum_to_one(seed: int, blur: float, order: str | t
     assert (found >= 0).all()
 
 
-@given(SEEDS, st.floats(1e-3, 1), st.sampled_from([0.0, 0.7]))
+@given(SEEDS, st.floats(1e-3, 1), st.sampled_from([0.5, 0.7]))
 def test_the_loss_is_minus_log_of_the_chance_that_is_proposed(seed: int, blur: float, temperature: float) -> None:
     logits, u = drawn(seed)
     rule, blurs = SamplingRule(temperature=temperature), torch.full_like(u, blur)
-    tokens, confidences = soft_pick(logits, u, blurs, rule)
-    loss = negative_log_chance(logits, tokens, u, blurs, rule)
-    torch.testing.assert_close((-loss).exp(), confidences, atol=1e-4, rtol=0)
+    for tokens, confidences in zip(*(part.unbind(-1) for part in soft_pick(logits, u, blurs, rule)), strict=True):
+        loss = negative_log_chance(logits, tokens, u, blurs, rule)
+        torch.testing.assert_close((-loss).exp(), confidences, atol=1e-4, rtol=0)
+
+
+@given(SEEDS, ORDERS, st.floats(1e-3, 1))
+def test_the_two_that_are_picked_are_the_two_of_the_greatest_chance(
+    seed: int, order: str | tuple[int, ...], blur: float
+) -> None:
+    logits, u = drawn(seed)
+    rule, blurs = SamplingRule(order=order, temperature=0.7), torch.full_like(u, blur)
+    tokens, chances = soft_pick(logits, u, blurs, rule)
+    lower, upper = soft_intervals(logits, rule)
+    every = chance(lower, upper, u[:, None], blurs[:, None])
+    assert (tokens[:, 0] != tokens[:, 1]).all()
+    torch.testing.assert_close(chances, every.topk(2).values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(chances, every.gather(1, tokens), atol=1e-5, rtol=0)
 
 
 @given(SEEDS, st.floats(1e-3, 10), st.floats(0, 1, exclude_max=True))
@@ -103,10 +118,16 @@ def test_a_token_of_hardly_any_chance_is_learnt_all_the_same() -> None:
 
 def test_a_greedy_rule_takes_the_likeliest_token_whatever_u_is() -> None:
     logits, u = drawn(0)
-    tokens, confidences = soft_pick(logits, u, torch.full_like(u, 0.1), SamplingRule(temperature=0))
-    best = logits.softmax(-1).max(-1)
-    assert torch.equal(tokens, best.indices)
-    assert torch.equal(confidences, best.values)
+    tokens, _ = soft_pick(logits, u, torch.full_like(u, 0.1), SamplingRule(temperature=0))
+    assert torch.equal(tokens, logits.topk(2).indices)
+
+
+def test_a_greedy_token_is_the_surer_the_further_the_second_is_behind_it_for_the_blur_there_is() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.4, 0.4, 0.2], [0.98, 0.01, 0.01]]).log()
+    blur = torch.tensor([0.1, 0.001, 0.1, 0.1])
+    _, confidences = soft_pick(logits, torch.rand(4), blur, SamplingRule(temperature=0))
+    assert confidences[:, 0].tolist() == pytest.approx([1 / (1 + math.exp(-2)), 1, 0.5, 1], abs=1e-4)
+    torch.testing.assert_close(confidences.sum(-1), torch.ones(4))
 
 
 def test_one_token_s_chances_by_hand() -> None:
@@ -136,6 +157,16 @@ def test_learning_moves_an_edge_towards_where_it_lies_and_blur_to_how_far_off_it
     assert float(logits.detach().softmax(-1)[0]) == pytest.approx(0.3, abs=0.01)
     # A logistic distribution of scale s deviates by s · π / √3 = 1.81 s.
     assert float(raw.detach().exp()) == pytest.approx(0.05 / 1.81, rel=0.25)
+
+
+def test_under_a_greedy_rule_the_blur_has_a_gradient_that_moves_it_nowhere() -> None:
+    logits, u = torch.randn(5, 4, requires_grad=True), torch.rand(5)
+    blur = torch.full_like(u, 0.1).requires_grad_()
+    tokens = torch.zeros(5, dtype=torch.int64)
+    loss = negative_log_chance(logits, tokens, u, blur, SamplingRule(temperature=0))
+    torch.testing.assert_close(loss, F.cross_entropy(logits, tokens, reduction="none"))
+    loss.sum().backward()
+    assert torch.equal(blur.grad, torch.zeros_like(blur))
 
 
 @given(SEEDS)

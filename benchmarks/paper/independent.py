@@ -111,7 +111,7 @@ def proposed_windows(model: PTPModel, batch: dict[str, Tensor], rule: SamplingRu
     bonus = pick(warp(model.logits(states_before(batch["starts"], output.context)), rule), output.u[..., 0])
     logits = model.logits(output.windows).unflatten(1, (-1, config.window))
     u = output.u[..., config.shift + 1 :][..., : config.window]
-    tokens, _ = propose(config, rule, logits, u)
+    tokens = propose(config, rule, logits, u)[0][..., 0]
     return torch.cat([bonus.unsqueeze(-1), tokens[..., config.lead :]], dim=-1)
 
 

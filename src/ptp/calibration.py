@@ -24,7 +24,8 @@ class Calibration(Record):
     """How often drafts were right, by the confidence they were proposed with; empty, a confidence is the chance itself.
 
     curves: values in (0, 1) at the centres of equal bins of [0, 1], ascending. O-PTP has two: of windows whose first
-    output was not the bonus token, and of those whose was; C-PTP, whose windows begin behind it, has one.
+    output was not the bonus token, and of those whose was. C-PTP, whose windows begin behind it, has one of windows and
+    one of continued drafts, if there are such.
     """
 
     curves: tuple[tuple[float, ...], ...] = ()
@@ -51,11 +52,10 @@ class Calibration(Record):
         hits, weights = right.cpu() + PRIOR_DRAFTS * sure, tried.cpu() + PRIOR_DRAFTS
         return cls(curves=tuple(map(ascending, hits.tolist(), weights.tolist())))
 
-    def __call__(self, confidences: Tensor, foreseen: Tensor | None = None) -> Tensor:
+    def __call__(self, confidences: Tensor, curve: Tensor | None = None) -> Tensor:
         """Chances that drafts are right, given that those before them are. Returns (…), linear between centres.
 
-        confidences: (…) float. foreseen: bool, broadcast against them: whether the first output of their window was the
-        bonus token; None in C-PTP.
+        confidences: (…) float. curve: of each, broadcast against them; where there is but one, None.
         """
         if not self.curves:
             return confidences
@@ -63,7 +63,7 @@ class Calibration(Record):
         num_bins = values.shape[-1]
         place = (confidences * num_bins - 0.5).clamp(0, num_bins - 1)
         left = place.long().clamp(0, num_bins - 2)
-        entry = left if foreseen is None else left + foreseen.long() * num_bins
+        entry = left if curve is None else left + curve.long() * num_bins
         values = values.flatten()
         return torch.lerp(values[entry], values[entry + 1], place - left)
 

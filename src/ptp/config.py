@@ -43,6 +43,8 @@ class PTPConfig(Record):
         "exact" trusts it.
     chain, chain_size: how many tokens directly before a draft its prediction is corrected by, 0 for none, and the
         hidden numbers of that correction (see `ptp.model.proposal`).
+    continuation: whether drafts without a window position continue those that have one, from the base model's state of
+        the last verified token (categorical with a chain only; see `ptp.model.proposal.Continuation`).
     window: L, window positions trained together, and the most positions one branch may have in decoding.
     auxiliary, auxiliary_size: name and size of the embedding of u (see `ptp.model.auxiliary`).
     anchor: add the embedding of the last context token to no window position, the "first", or "all".
@@ -56,6 +58,7 @@ class PTPConfig(Record):
     pick: Literal["soft", "exact"] = "soft"
     chain: int = Field(3, ge=0)
     chain_size: int = Field(512, ge=1)
+    continuation: bool = True
     window: int = Field(16, ge=1)
     auxiliary: str = "binary"
     auxiliary_size: int = Field(32, ge=2)
@@ -70,6 +73,26 @@ class PTPConfig(Record):
     def picks_softly(self) -> bool:
         """Whether what a window position proposes is a soft pick."""
         return self.variant == "categorical" and self.pick == "soft"
+
+    @property
+    def continues(self) -> bool:
+        """Whether drafts are made without window positions too: a chain leads them, and u picks them."""
+        return self.continuation and self.variant == "categorical" and self.chain > 0 and not self.trains_all
+
+    @property
+    def num_kinds(self) -> int:
+        """Ways to make drafts that are trained and measured: windows, and continuations of nothing if there are."""
+        return 1 + self.continues
+
+    @property
+    def num_candidates(self) -> int:
+        """Tokens that are proposed for each place: a soft pick that continues has a second one to fall back on."""
+        return 1 + (self.continues and self.picks_softly)
+
+    @property
+    def num_curves(self) -> int:
+        """Curves of `Calibration`: what a draft's confidence is worth is learnt apart for so many classes of drafts."""
+        return self.num_kinds + self.lead
 
     @property
     def trains_all(self) -> bool:
@@ -216,8 +239,9 @@ class TrainConfig(Record):
     optimiser steps; num_epochs: passes over the data in their place. batch_size: packed sequences per step and
     process, gradient_accumulation_steps times. sequence_length: tokens of one. windows_per_sequence: N. dtype: of the
     base model's weights; where all weights train they are float32, and computed with in dtype. beta: concentration of
-    u's place in its interval (METHOD §3). distillation: weight of the KL to the teacher beside the cross-entropy's 1
-    (categorical only; null: 1 where that can be, see `kl_weight`). position_decay: γ, weight γ^k of window index k.
+    u's place in its interval (METHOD §3). distillation: share of the KL to the teacher's distribution in what windows
+    learn theirs from, that of the text's own tokens being the rest (categorical only; null: see `kl_share`).
+    position_decay: γ, weight γ^k of window index k.
     gradient_checkpointing: keep less for the backward pass and compute it again there, for less memory and more time.
     save_every: steps between checkpoints, each evaluated on held-out windows; save_minutes: minutes between further
     ones. log_every: steps between rows of metrics. budget: positions of a decoding call that τ is simulated for.
@@ -237,7 +261,7 @@ class TrainConfig(Record):
     warmup_steps: int = Field(50, ge=0)
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     beta: float = Field(0.3, gt=0)
-    distillation: float | None = Field(None, ge=0)
+    distillation: float | None = Field(None, ge=0, le=1)
     position_decay: float = Field(1.0, gt=0, le=1)
     gradient_checkpointing: bool = False
     save_every: int = Field(250, ge=1)
@@ -257,8 +281,8 @@ class TrainConfig(Record):
             )
         return self
 
-    def kl_weight(self, model: PTPConfig) -> float:
-        """Weight of the KL to the teacher; unless it is set, 1 where windows have a distribution and a teacher."""
+    def kl_share(self, model: PTPConfig) -> float:
+        """`distillation`; unless it is set, all where windows have a distribution and a teacher, else nothing."""
         if self.distillation is not None:
             return self.distillation
         return float(model.variant == "categorical" and not model.trains_all and not self.inverse)

@@ -52,7 +52,7 @@ class ExperimentConfig(Record):
 
     @model_validator(mode="after")
     def _distillation(self) -> ExperimentConfig:
-        if self.train.kl_weight(self.model) > 0 and self.model.variant != "categorical":
+        if self.train.kl_share(self.model) > 0 and self.model.variant != "categorical":
             raise ValueError("train.distillation needs model.variant categorical: a one_hot window has no distribution")
         return self
 
@@ -100,7 +100,7 @@ class ExperimentConfig(Record):
                 f"{self.data.mode} has none: choose prompt-distill or prompt-scheme-distill, or train without a "
                 "teacher by train.objective=inverse_autoregressive"
             )
-        if self.train.kl_weight(self.model) > 0:
+        if self.train.kl_share(self.model) > 0:
             raise ValueError(
                 f"train.distillation needs the base model's logits, which training with {what} does not compute: set "
                 "it to 0"

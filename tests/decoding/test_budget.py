@@ -60,7 +60,7 @@ class Simulation:
             # Easy and hard places: what a draft claims differs from window to window.
             sure = min(1.0, self.accuracy * self.rng.choice([0.5, 1.2]))
             confidences = [sure] * plan.widths[accepted]
-            self.policy.learn(accepted + 1, positions, [confidences])
+            self.policy.learn(accepted + 1, positions, [confidences], [len(confidences)])
         return tokens / seconds
 
 
@@ -96,7 +96,7 @@ def test_it_spends_more_where_positions_are_cheaper() -> None:
     for latency in (FLAT, GENTLE, STEEP):
         policy = MeasuredBudget(profile(0.8), latency, 64)
         for _ in range(100):
-            policy.learn(3, 20, [[]])
+            policy.learn(3, 20, [[]], [0])
         plan = allocate([0.8] * 7, policy.profile(1), policy.price(1), 10**6)
         spent.append(plan.num_positions(1))
     assert spent[0] > spent[1] > spent[2]
@@ -133,7 +133,7 @@ def test_where_drafts_in_decoding_are_worse_than_on_held_out_windows_fewer_are_m
     for confidence in (0.8, 0.3):
         policy = MeasuredBudget(profile(0.8), GENTLE, 64)
         for _ in range(200):
-            policy.learn(2, 20, [[confidence] * 7])
+            policy.learn(2, 20, [[confidence] * 7], [7])
         spent.append(allocate([], policy.profile(1), policy.price(1), 10**6).num_positions(1))
     assert spent[0] > spent[1]
 

@@ -1,7 +1,8 @@
 import random
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from math import ceil
+from dataclasses import replace
+from math import ceil, prod
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ptp.config import PTPConfig
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.drafting import Drafter
 from ptp.decoding.layout import RowLayout
+from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import make_request
 from ptp.decoding.session import Outcome, Session, Text
 from ptp.errors import DecodingError
@@ -36,14 +38,14 @@ class OracleSession(Session):
     truth: list[int]
     wrong: float
 
-    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> list[Outcome]:
+    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout], reach: Sequence[int]) -> list[Outcome]:
         outcomes = []
-        for text, layout, outcome in zip(texts, layouts, super()._call(texts, layouts), strict=True):
-            accepted = outcome.verified.num_accepted
-            begin = text.num_written + accepted + 1
-            drafts = self.truth[begin : begin + max(0, layout.widths[accepted] - self.model.ptp_config.lead)]
+        for text, outcome in zip(texts, super()._call(texts, layouts, reach), strict=True):
+            begin = text.num_written + outcome.verified.num_accepted + 1
+            drafts = self.truth[begin : begin + len(outcome.drafts)]
             drafts = [(token + (self.rng.random() < self.wrong)) % 40 for token in drafts]
-            outcomes.append(Outcome(outcome.verified, drafts, [1 - self.wrong / 2] * len(drafts)))
+            sure = [1 - self.wrong / 2] * len(drafts)
+            outcomes.append(replace(outcome, drafts=drafts, confidences=sure, seconds=[]))
         return outcomes
 
 
@@ -62,15 +64,18 @@ class OracleDecoder(Decoder):
         return session
 
 
-@pytest.fixture(params=["categorical", "one_hot"])
+@pytest.fixture(params=["categorical", "categorical, continued", "one_hot"])
 def model(request: pytest.FixtureRequest, base: PreTrainedModel, random_adapter: Callable) -> PTPModel:
-    return random_adapter(PTPModel(deepcopy(base), PTPConfig(variant=request.param, window=8)))
+    variant, _, continued = request.param.partition(", ")
+    config = PTPConfig(variant=variant, window=8, continuation=bool(continued))
+    return random_adapter(PTPModel(deepcopy(base), config))
 
 
 @pytest.mark.parametrize(("budget", "num_tokens"), [(40, 1), (40, 2), (40, 9), (40, 60), (10, 60), (1, 7), (0, 7)])
 def test_drafts_that_are_always_right_take_as_few_calls_as_the_window_and_budget_allow(
-    model: PTPModel, budget: int, num_tokens: int
+    model: PTPModel, budget: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("ptp.decoding.drafting.LEAST_CHANCE", 0)
     truth = Decoder(model, SamplingRule(), budget=0).generate(PROMPT, num_tokens, end_token_ids=[]).token_ids
     generation = OracleDecoder(model, truth, budget).generate(PROMPT, num_tokens, end_token_ids=[])
     assert generation.token_ids == truth
@@ -81,7 +86,8 @@ def test_drafts_that_are_always_right_take_as_few_calls_as_the_window_and_budget
         calls += 1
         drafts = min(drafts, budget, num_tokens - written - 1)
         written += drafts + 1
-        drafts = min(model.ptp_config.num_drafts, max(0, budget - drafts - model.ptp_config.lead))
+        room = budget if model.continuation is not None else max(0, budget - drafts - model.ptp_config.lead)
+        drafts = min(model.ptp_config.num_drafts, room)
     assert generation.num_calls == calls
     if budget == 40:
         assert calls == 1 + ceil((num_tokens - 1) / (model.ptp_config.num_drafts + 1))
@@ -95,6 +101,26 @@ def test_drafts_that_are_never_right_cost_nothing_but_one_call_a_token(model: PT
     assert generation.num_calls == 30
     assert generation.num_accepted_tokens == 0
     assert (generation.num_draft_tokens > 0) == (budget > model.ptp_config.lead)
+
+
+@pytest.mark.parametrize("variant", ["categorical", "one_hot"])
+def test_behind_drafts_that_are_hardly_ever_right_no_further_turn_is_taken(
+    base: PreTrainedModel, random_adapter: Callable, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptp.decoding.drafting.LEAST_CHANCE", 0.3)
+    model = random_adapter(PTPModel(deepcopy(base), PTPConfig(variant=variant, window=8)), std=0.1)
+    session = Decoder(model, SamplingRule(), 40).session()
+    text = session.enter(make_request(base, PROMPT, 40, seed=0, end_token_ids=[]))
+    lengths = set()
+    while session.texts:
+        session.step()
+        assert prod(text.confidences[:-1]) >= 0.3
+        if text.confidences and prod(text.confidences) >= 0.3:
+            # Nothing but the window's or the text's end ended these.
+            assert len(text.drafts) == min(model.ptp_config.num_drafts, text.num_remaining - 1)
+        lengths.add(len(text.drafts))
+    assert len(lengths) > 2
+    assert text.tokens == PROMPT + decode_plainly(base, text.request, SamplingRule())
 
 
 @pytest.mark.parametrize("wrong", [0.1, 0.3, 0.6])
@@ -124,12 +150,45 @@ def test_a_text_is_cut_at_an_end_token_in_the_midst_of_right_drafts(model: PTPMo
     assert sum(len(step.token_ids) for step in generation.steps) == len(generation.u) == length
 
 
+class SecondSession(OracleSession):
+    """Drafts that are all wrong, beside second candidates that are right."""
+
+    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout], reach: Sequence[int]) -> list[Outcome]:
+        return [
+            replace(
+                outcome,
+                drafts=[(token + 1) % 40 for token in outcome.drafts],
+                seconds=[(token, 0.4) for token in outcome.drafts],
+                confidences=[0.5] * len(outcome.drafts),
+            )
+            for outcome in super()._call(texts, layouts, reach)
+        ]
+
+
+class SecondDecoder(OracleDecoder):
+    kind = SecondSession
+
+
+@pytest.mark.parametrize("budget", [2, 3, 12])
+def test_a_second_candidate_that_is_right_saves_a_call(
+    base: PreTrainedModel, random_adapter: Callable, budget: int
+) -> None:
+    model = random_adapter(PTPModel(deepcopy(base), PTPConfig(window=8)), std=0.1)
+    for num_tokens in (1, 2, 30, 31):
+        truth = Decoder(model, SamplingRule(), 0).generate(PROMPT, num_tokens, end_token_ids=[]).token_ids
+        generation = SecondDecoder(model, truth, budget).generate(PROMPT, num_tokens, end_token_ids=[])
+        assert generation.token_ids == truth
+        # The first call has no drafts; each of the others yields a second candidate and what stands behind it.
+        assert generation.num_calls == 1 + ceil((num_tokens - 1) / 2)
+        assert generation.num_accepted_tokens == (num_tokens - 1) // 2
+
+
 class SpySession(OracleSession):
     """Keeps what was proposed, one logits row after the other, with the number of the bonus token before it."""
 
-    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> list[Outcome]:
+    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout], reach: Sequence[int]) -> list[Outcome]:
         self.proposed.clear()
-        outcomes = super()._call(texts, layouts)
+        outcomes = super()._call(texts, layouts, reach)
         if outcomes[0].drafts:
             # All positions of the one text's branch at once, or one after the other.
             rows, *numbers = zip(*self.proposed, strict=True)
@@ -167,8 +226,11 @@ def test_a_branch_that_came_true_is_the_training_window_behind_the_same_context(
     most_tabled: int,
 ) -> None:
     monkeypatch.setattr("ptp.decoding.drafting.MOST_TABLED", most_tabled)
+    monkeypatch.setattr("ptp.decoding.drafting.LEAST_CHANCE", 0)
     num_tokens = 40
-    config = PTPConfig(variant=variant, anchor=anchor, window=8, chain=chain, chain_size=16, pick=pick)
+    config = PTPConfig(
+        variant=variant, anchor=anchor, window=8, chain=chain, chain_size=16, pick=pick, continuation=False
+    )
     model = random_adapter(PTPModel(deepcopy(base), config), std=0.1)
     truth = Decoder(model, SamplingRule(), budget=0).generate(PROMPT, num_tokens, seed=4, end_token_ids=[])
     decoder = SpyDecoder(model, truth.token_ids, budget=24, wrong=0.3)
@@ -224,7 +286,7 @@ def test_drafts_and_confidences_are_read_from_the_branch_with_the_numbers_of_the
     rows = torch.cat([lead, logits]).unsqueeze(0)
     numbers = torch.cat([lead[:, 0], u]).unsqueeze(0)
     found = drafter_of(model)([SamplingRule()], rows, None, numbers, *NOTHING_BEFORE)
-    drafts, confidences = (values[0].tolist() for values in found)
+    drafts, confidences = (values[0, :, 0].tolist() for values in found)
     probs = logits.softmax(-1)
     expected = probs.argmax(-1).tolist()
     if variant == "categorical":
@@ -241,7 +303,7 @@ def test_a_one_hot_branch_that_foresaw_the_bonus_token_is_trusted_by_a_curve_of_
     bonus, rules = torch.tensor([[1], [0]]), [SamplingRule()] * 2
     before = bonus[:, :0]
     drafts, confidences = drafter_of(model)(rules, rows, None, torch.zeros(2, 2), bonus, before)
-    assert drafts.tolist() == [[0], [0]]
+    assert drafts.flatten().tolist() == [0, 0]
     assert confidences.flatten().tolist() == pytest.approx([0.9, 0.2])
 
 

@@ -14,16 +14,17 @@ O_PTP, C_PTP = -1, 0
 def layouts(draw: st.DrawFn) -> RowLayout:
     num_drafts = draw(st.integers(0, 4))
     widths = draw(st.lists(st.integers(0, 4), min_size=num_drafts + 1, max_size=num_drafts + 1))
-    return RowLayout(draw(st.integers(1, 4)), num_drafts, tuple(widths))
+    seconds = draw(st.sets(st.integers(0, num_drafts - 1))) if num_drafts else set()
+    return RowLayout(draw(st.integers(1, 4)), num_drafts, tuple(widths), tuple(sorted(seconds)))
 
 
 Role = tuple[str, int, int]
 
 
 def roles(row: RowLayout, shape: CallShape) -> list[Role]:
-    """What each position is: a pending token i, draft j (from 1), window index k of branch b, or padding."""
+    """What each position is: a pending token i, draft j (from 1) or its second candidate, index k of branch b."""
     pending = [("pending", i, 0) for i in range(row.num_pending)]
-    drafts = [("draft", j, 0) for j in range(1, row.num_drafts + 1)]
+    drafts = [("draft", j, 0) for j in range(1, row.num_drafts + 1)] + [("second", j + 1, 0) for j in row.seconds]
     branches = [("branch", b, k) for b, width in enumerate(row.widths) for k in range(width)]
     between = [("padding", i, 0) for i in range(shape.gate_start - row.num_verify)]
     behind = [("padding", 100 + i, 0) for i in range(shape.num_window - row.num_window)]
@@ -31,10 +32,13 @@ def roles(row: RowLayout, shape: CallShape) -> list[Role]:
 
 
 def sees(query: Role, key: Role) -> bool:
-    """METHOD §4: verification is causal; a branch sees everything accepted, d_1 … d_b and itself."""
+    """METHOD §4: verification is causal; a branch sees everything accepted, d_1 … d_b and itself. A second candidate
+    sees what its draft does, itself in its place."""
     (role, number, index), (other, other_number, other_index) = query, key
-    if "padding" in (role, other):
+    if "padding" in (role, other) or other == "second":
         return query == key
+    if role == "second":
+        return other == "pending" or (other == "draft" and other_number < number)
     if role == "pending":
         return other == "pending" and other_number <= number
     if role == "draft":
@@ -75,6 +79,7 @@ def test_every_position_is_where_it_belongs_and_sees_what_the_method_says(rows: 
         place = {
             "pending": lambda i, _: i,
             "draft": lambda j, _, row=row: row.num_pending - 1 + j,
+            "second": lambda j, _, row=row: row.num_pending - 1 + j,
             "branch": lambda b, k, row=row: row.num_pending + b + k + shift,
             "padding": lambda i, _: 0,
         }
@@ -95,6 +100,10 @@ def test_every_position_is_where_it_belongs_and_sees_what_the_method_says(rows: 
         last = ("pending", row.num_pending - 1, 0)
         assert verifies[: row.num_drafts + 1] == [last, *(("draft", j, 0) for j in range(1, row.num_drafts + 1))]
         assert int(layout.num_drafts[index]) == row.num_drafts
+        seconds = layout.second[index].tolist()
+        assert {draft: found[position] for draft, position in enumerate(seconds) if position >= 0} == {
+            draft: ("second", draft + 1, 0) for draft in row.seconds
+        }
 
 
 @given(st.lists(st.tuples(layouts(), st.integers(0, 5)), min_size=1, max_size=3))

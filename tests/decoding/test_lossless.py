@@ -44,13 +44,16 @@ def random_model(bases: list[PreTrainedModel], random_adapter: Callable, seed: i
         pick=rng.choice(["soft", "exact"]),
         chain=rng.choice([0, 1, 2, 5]),
         chain_size=rng.choice([4, 16]),
+        continuation=rng.random() < 0.7,
     )
     torch.manual_seed(seed)
     model = random_adapter(PTPModel(deepcopy(base), config), std=rng.choice([0.0, 0.1, 1.0, 10.0]), seed=seed)
     fall = rng.choice([0.3, 0.9, 1.0])
     model.survival = tuple(fall**k for k in range(1, config.num_drafts + 1))
+    if config.continues:
+        model.continued = tuple((fall * rng.choice([0.0, 0.6, 1.0])) ** k for k in range(1, config.window + 1))
     if rng.random() < 0.5:
-        tried = torch.full((1 + config.lead, NUM_BINS), 20.0)
+        tried = torch.full((config.num_curves, NUM_BINS), 20.0)
         model.calibration = Calibration.of(tried, tried * torch.rand(tried.shape))
     return base, model
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 
 from ptp.decoding.acceptance import simulated_tokens_per_call
+from ptp.decoding.allocation import Profile
 from ptp.decoding.decoder import Generation, Step
 from ptp.evaluation.measurement import NOTABLE, Measurement, described
 
-SURVIVAL = (0.8, 0.6, 0.4)
+PROFILE = Profile((0.8, 0.6, 0.4), lead=1)
 FOUND = Measurement(
     budget=24,
     num_prompts=32,
@@ -40,32 +41,32 @@ def reasons(found: Measurement, learnt_from_itself: bool = True) -> set[str]:
 
 
 def test_tokens_per_call_are_all_tokens_over_all_calls() -> None:
-    found = Measurement.of([generation(1, 3, 4), generation(1, 1)], SURVIVAL, budget=6, lead=1)
+    found = Measurement.of([generation(1, 3, 4), generation(1, 1)], PROFILE, budget=6)
     assert (found.num_prompts, found.num_tokens, found.num_calls) == (2, 10, 5)
     assert found.tokens_per_call == 2.0
-    assert found.simulated == simulated_tokens_per_call(SURVIVAL, 6, 1)
+    assert found.simulated == simulated_tokens_per_call(PROFILE, 6)
 
 
 def test_the_standard_error_is_the_spread_over_other_choices_of_prompts() -> None:
     rng = random.Random(0)
     texts = [generation(*(rng.choice([1, 1, 2, 4]) for _ in range(rng.randrange(5, 40)))) for _ in range(40)]
-    found = Measurement.of(texts, SURVIVAL, budget=6, lead=1)
-    again = [Measurement.of(rng.choices(texts, k=40), SURVIVAL, 6, 1).tokens_per_call for _ in range(200)]
+    found = Measurement.of(texts, PROFILE, budget=6)
+    again = [Measurement.of(rng.choices(texts, k=40), PROFILE, 6).tokens_per_call for _ in range(200)]
     mean = sum(again) / len(again)
     spread = (sum((value - mean) ** 2 for value in again) / len(again)) ** 0.5
     assert found.standard_error == pytest.approx(spread, rel=0.2)
 
 
 def test_one_prompt_has_no_standard_error() -> None:
-    found = Measurement.of([generation(1, 2)], SURVIVAL, budget=6, lead=1)
+    found = Measurement.of([generation(1, 2)], PROFILE, budget=6)
     assert found.standard_error is None
     assert "standard error" not in next(described(found, True))
 
 
 def test_texts_of_few_calls_are_expected_to_have_fewer_tokens_in_each() -> None:
-    short, long = (Measurement.of([generation(*[2] * calls)] * 2, SURVIVAL, 6, 1) for calls in (4, 40))
+    short, long = (Measurement.of([generation(*[2] * calls)] * 2, PROFILE, 6) for calls in (4, 40))
     assert short.simulated_short < long.simulated_short < long.simulated == short.simulated
-    assert Measurement.of([generation(1)], SURVIVAL, 6, 1).simulated_short == 1
+    assert Measurement.of([generation(1)], PROFILE, 6).simulated_short == 1
 
 
 @pytest.mark.parametrize(("share", "is_said"), [(0.5, True), (0.84, True), (0.86, False), (1.14, False), (1.16, True)])

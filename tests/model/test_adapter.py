@@ -109,6 +109,10 @@ def test_a_loaded_adapter_is_the_saved_one(
     corrected = model.chained(states, before)
     assert torch.equal(loaded.chained(states, before), corrected)
     assert (model.blur is None) == (variant == "one_hot")
+    assert (model.continuation is None) == (variant == "one_hot")
+    if model.continuation is not None and loaded.continuation is not None:
+        assert torch.equal(loaded.continuation(states), model.continuation(states))
+    assert loaded.continued == model.continued
     if model.blur is not None and loaded.blur is not None:
         assert torch.equal(loaded.blur(corrected), model.blur(corrected))
     assert (loaded.ptp_config, loaded.rule, loaded.survival) == (model.ptp_config, RULE, SURVIVAL)
@@ -124,25 +128,40 @@ def test_an_adapter_of_before_calibration_loads_with_confidences_as_they_are(sav
 
 
 @pytest.mark.parametrize("variant", ["one_hot", "categorical"])
-def test_an_adapter_of_before_chains_loads_and_drafts_without_one(
-    base_directory: Path, random_adapter: Callable, tmp_path: Path, variant: str
+@pytest.mark.parametrize(
+    ("version", "unsaid", "off"),
+    [
+        (1, ("pick", "chain", "chain_size", "continuation"), {"pick": "exact", "chain": 0, "continuation": False}),
+        (2, ("continuation",), {"continuation": False}),
+    ],
+)
+def test_an_adapter_of_an_earlier_format_loads_and_drafts_as_it_did(
+    base_directory: Path,
+    random_adapter: Callable,
+    tmp_path: Path,
+    variant: str,
+    version: int,
+    unsaid: tuple[str, ...],
+    off: dict[str, object],
 ) -> None:
-    model = new_model(base_directory, random_adapter, variant=variant, pick="exact", chain=0)
+    model = new_model(base_directory, random_adapter, variant=variant, **off)
     model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / SETTINGS).read_text())
-    for name in ("pick", "chain", "chain_size"):
+    for name in unsaid:
         del stored["config"][name]
-    (tmp_path / SETTINGS).write_text(json.dumps(stored | {"format_version": 1}))
+    del stored["continued"]
+    (tmp_path / SETTINGS).write_text(json.dumps(stored | {"format_version": version}))
     loaded = PTPModel.from_pretrained(tmp_path)
     assert loaded.ptp_config == model.ptp_config
-    assert loaded.chain is None and loaded.blur is None
+    assert loaded.continuation is None
     expected, found = (Decoder(each, budget=8).generate([3, 4], 20, end_token_ids=[]) for each in (model, loaded))
     assert found == expected
     assert found.num_draft_tokens > 0
     # Saved again, it says so itself.
     loaded.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / SETTINGS).read_text())
-    assert (again["format_version"], again["config"]["pick"], again["config"]["chain"]) == (2, "exact", 0)
+    assert again["format_version"] == 3
+    assert {name: again["config"][name] for name in off} == off
 
 
 def test_an_experiment_directory_stands_for_its_adapter(saved: Path, model: PTPModel, tiny_llama: Callable) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,9 +15,9 @@ from ptp.data.documents import Document, Documents
 from ptp.data.packing import collate
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.requests import make_request
-from ptp.model.proposal import UNKNOWN, Blur, Chain, propose, tokens_before
+from ptp.model.proposal import UNKNOWN, Blur, Chain, Continuation, propose, tokens_before
 from ptp.model.ptp_model import PTPModel
-from ptp.training.objective import make_stream
+from ptp.training.objective import make_stream, targets_of, trained_states
 
 NONE = UNKNOWN
 
@@ -44,22 +45,42 @@ def test_a_chain_tells_the_places_of_tokens_apart() -> None:
     assert not torch.allclose(chain(states, before), chain(states, before.flip(1)))
 
 
+def test_an_untrained_continuation_repeats_the_anchor_s_state() -> None:
+    anchor = torch.randn(2, 3, 8)
+    states = Continuation(4, 8)(anchor)
+    assert torch.equal(states, anchor.unsqueeze(2).expand(2, 3, 4, 8))
+
+
 def test_blur_is_positive_whatever_the_state() -> None:
     blur = Blur(8)
     torch.nn.init.normal_(blur.linear.weight, std=100)
     assert (blur(torch.randn(50, 8)) > 0).all()
 
 
-@pytest.mark.parametrize("variant", ["one_hot", "categorical"])
-@pytest.mark.parametrize("pick", ["soft", "exact"])
+@pytest.mark.parametrize(
+    ("variant", "pick", "width"),
+    [
+        *product(["one_hot", "categorical"], ["soft", "exact"], [4]),
+        *product(["categorical"], ["soft", "exact"], [0, 1, 3]),
+    ],
+)
 def test_what_training_judges_is_what_the_decoder_drafts(
-    variant: str, pick: str, tiny_llama: Callable, random_adapter: Callable
+    variant: str,
+    pick: str,
+    width: int,
+    tiny_llama: Callable,
+    random_adapter: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Each draft is what training predicts at its place in the text made of the context, the bonus token and the
-    drafts before it: chains know the tokens there, and u is each token's own."""
+    drafts before it: chains know the tokens there, and u is each token's own. The first `width` have positions."""
+    monkeypatch.setattr("ptp.decoding.drafting.LEAST_CHANCE", 0)
     config = PTPConfig(variant=variant, pick=pick, chain=3, chain_size=16, window=4, lora_rank=2)
     model = random_adapter(PTPModel(tiny_llama(), config), std=0.3).eval()
     model.rule = RULE
+    # Only so many positions are of any use.
+    model.survival = tuple(0.9 ** min(w, width) * 0.5 ** max(0, w - width) for w in range(1, config.num_drafts + 1))
+    model.continued = tuple(0.5**w for w in range(1, 5)) if config.continues else ()
     rng = np.random.default_rng(0)
     for start in (1, 2, 7):
         context = rng.integers(3, 40, size=start).astype(np.int32)
@@ -76,14 +97,19 @@ def test_what_training_judges_is_what_the_decoder_drafts(
         # In intervals of [0, 1), u is the batch's z.
         everywhere = torch.ones_like(batch["ids"], dtype=torch.float32)
         output = model(**(batch | {"lower": 0 * everywhere, "upper": everywhere}))
-        index = torch.tensor([[range(start, start + config.window)]]) + 1 - config.lead
-        before = tokens_before(batch["ids"], batch["positions"], index, config.chain)
-        states = model.chained(output.windows.unflatten(1, (1, -1)), before)
+        targets = targets_of(batch, torch.ones_like(batch["ids"], dtype=torch.bool), model, first=False)
+        before = tokens_before(batch["ids"], batch["positions"], targets.index, config.chain)
+        states = model.chained(trained_states(output, batch, model, first=False), before)
         own_u = output.u[..., 1 - config.lead :][..., : config.window]
         blur = None if model.blur is None else model.blur(states)
-        tokens, confidences = propose(config, RULE, model.logits(states), own_u, blur)
-        assert tokens[0, 0, config.lead :].tolist() == text.drafts
-        assert confidences[0, 0, config.lead :].tolist() == pytest.approx(text.confidences, rel=1e-4)
+        proposed = propose(config, RULE, model.logits(states), own_u.expand(states.shape[:-1]), blur)
+        predicted = [part[..., 0] for part in proposed]
+        # Windows first; what continues them, of the places behind their width.
+        tokens, confidences = (
+            torch.cat([part[0, 0, : width + config.lead], part[0, -1, width + config.lead :]]) for part in predicted
+        )
+        assert tokens[config.lead :].tolist() == text.drafts
+        assert confidences[config.lead :].tolist() == pytest.approx(text.confidences, rel=1e-4)
 
 
 def test_a_chain_learns_the_token_that_follows_from_the_one_before() -> None:

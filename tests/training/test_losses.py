@@ -183,8 +183,31 @@ def test_a_soft_pick_is_judged_by_the_chance_that_its_own_u_picks_the_target(dis
     assert float(found.total) == pytest.approx(expected, rel=1e-4)
     assert found.predicted is not None
     tokens, confidences = soft_pick(logits, u, blur, rule)
-    assert torch.equal(found.predicted[0], tokens * targets.valid)
-    torch.testing.assert_close(found.predicted[1], confidences * targets.valid)
+    assert torch.equal(found.predicted[0], tokens * targets.valid.unsqueeze(-1))
+    torch.testing.assert_close(found.predicted[1], confidences * targets.valid.unsqueeze(-1))
+
+
+def test_of_a_soft_pick_the_blur_learns_all_and_the_distribution_what_the_teacher_leaves() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(2, 3, 4, 7, generator=generator), random_targets(generator, 7)
+    u, blur = (torch.rand(2, 3, 4, generator=generator) for _ in range(2))
+    rule, config = SamplingRule(temperature=0.7), PTPConfig(variant="categorical", pick="soft")
+    logits.requires_grad_()
+    blur.requires_grad_()
+
+    def gradients(distillation: float) -> tuple[Tensor, Tensor]:
+        named = dict(rule=rule, u=u, blur=blur, distillation=distillation)
+        total = loss_with(config, logits, targets, torch.ones(4), **named).total
+        return torch.autograd.grad(total, [logits, blur])
+
+    labels, both, teacher = (gradients(share) for share in (0.0, 0.3, 1.0))
+    for found in (both, teacher):
+        torch.testing.assert_close(found[1], labels[1])
+    torch.testing.assert_close(both[0], 0.7 * labels[0] + 0.3 * teacher[0])
+    # What the teacher leaves nothing of is the divergence alone.
+    exact = PTPConfig(variant="categorical", pick="exact")
+    divergence = loss_with(exact, logits, targets, torch.ones(4), rule=rule, distillation=1.0).total
+    torch.testing.assert_close(teacher[0], *torch.autograd.grad(divergence, [logits]))
 
 
 def test_nothing_is_predicted_where_no_u_is_given() -> None:
@@ -201,10 +224,13 @@ def test_divergence_is_the_weighted_sum_of_kl_to_the_teacher_s_warped_distributi
     for decay in (1.0, 0.8):
         weights = decay ** torch.arange(4.0)
         rule = SamplingRule(temperature=0.7, top_k=3)
-        both = loss_of(logits, targets, weights, teacher_logits, rule=rule, distillation=1.0)
-        found = both - loss_of(logits, targets, weights)
         expected = slow_divergence(logits, teacher_logits, targets, 0.7, 3, weights)
-        assert float(found) == pytest.approx(expected, rel=1e-5)
+        alone = loss_of(logits, targets, weights, teacher_logits, rule=rule, distillation=1.0)
+        assert float(alone) == pytest.approx(expected, rel=1e-5)
+        # With the text's own tokens, each has its share.
+        both = loss_of(logits, targets, weights, teacher_logits, rule=rule, distillation=0.3)
+        labels = float(loss_of(logits, targets, weights))
+        assert float(both) == pytest.approx(0.3 * expected + 0.7 * labels, rel=1e-5)
 
 
 def test_divergence_from_oneself_is_zero() -> None:
@@ -212,8 +238,7 @@ def test_divergence_from_oneself_is_zero() -> None:
     teacher_logits, targets = torch.randn(2, 9, 7, generator=generator), random_targets(generator, 7)
     logits = teacher_logits[torch.arange(2)[:, None, None], targets.index - 1] / 0.7
     rule = SamplingRule(temperature=0.7)
-    both = loss_of(logits, targets, torch.ones(4), teacher_logits, rule=rule, distillation=1.0)
-    found = both - loss_of(logits, targets, torch.ones(4))
+    found = loss_of(logits, targets, torch.ones(4), teacher_logits, rule=rule, distillation=1.0)
     assert float(found) == pytest.approx(0.0, abs=1e-6)
 
 

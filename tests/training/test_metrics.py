@@ -7,6 +7,9 @@ from ptp.sampling import SamplingRule
 from ptp.training.losses import Targets
 from ptp.training.metrics import WindowMetrics
 
+CATEGORICAL = PTPConfig(window=3, variant="categorical", continuation=False)
+CONTINUED = PTPConfig(window=3, variant="categorical")
+
 # One window a word: r right, w wrong, m right but without mass, . past the document's end.
 WINDOWS = ["rrr", "rwr", "rr.", "wmr"]
 
@@ -20,7 +23,7 @@ def batch(windows: list[str]) -> tuple[tuple[torch.Tensor, torch.Tensor], Target
     # The k-th output of a window is proposed with confidence 0.1·k + 0.02, in bin 2·k.
     confidences = (0.1 * torch.arange(token_ids.shape[-1]) + 0.02).expand(token_ids.shape)
     targets = Targets(torch.full_like(token_ids, 5), torch.ones_like(token_ids), valid, in_span)
-    return (token_ids, confidences), targets
+    return (token_ids.unsqueeze(-1), confidences.unsqueeze(-1)), targets
 
 
 def measured(config: PTPConfig, *batches: list[str], losses: tuple[float, ...] = (20.0,)) -> WindowMetrics:
@@ -32,14 +35,14 @@ def measured(config: PTPConfig, *batches: list[str], losses: tuple[float, ...] =
 
 
 def test_accuracy_counts_valid_predictions_by_window_index() -> None:
-    metrics = measured(PTPConfig(window=3, variant="categorical"), WINDOWS)
+    metrics = measured(CATEGORICAL, WINDOWS)
     assert metrics.accuracy == pytest.approx([3 / 4, 2 / 3, 3 / 3])
     assert (metrics.num_targets, metrics.num_masked) == (10, 1)
     assert metrics.mean_loss == 2.0
 
 
 def test_survival_asks_each_draft_of_the_windows_that_came_so_far_and_go_on() -> None:
-    metrics = measured(PTPConfig(window=3, variant="categorical"), WINDOWS)
+    metrics = measured(CATEGORICAL, WINDOWS)
     assert metrics.survival == pytest.approx((3 / 4, 3 / 4 * 2 / 3, 3 / 4 * 2 / 3 * 1 / 1))
     assert metrics.mean_correct == pytest.approx(1.75)
 
@@ -56,7 +59,7 @@ def by_bin(sums: torch.Tensor) -> list[dict[int, int]]:
 
 
 def test_drafts_are_counted_by_confidence_as_long_as_those_before_them_are_right() -> None:
-    metrics = measured(PTPConfig(window=3, variant="categorical"), WINDOWS)
+    metrics = measured(CATEGORICAL, WINDOWS)
     assert by_bin(metrics.sure_tried) == [{0: 4, 2: 3, 4: 1}]
     assert by_bin(metrics.sure_right) == [{0: 3, 2: 2, 4: 1}]
 
@@ -70,9 +73,35 @@ def test_drafts_of_one_hot_windows_are_counted_apart_where_the_first_output_is_w
     assert after_wrong[4] < after_right[4]
 
 
+def test_second_candidates_count_where_the_first_is_the_first_to_be_wrong() -> None:
+    (tokens, confidences), targets = batch(WINDOWS)
+    # The second candidate is right in the second window and in the last; there the first draft is wrong already.
+    second = torch.tensor([[[8, 8, 8]], [[8, 5, 8]], [[8, 8, 8]], [[8, 8, 5]]]).unsqueeze(-1)
+    predicted = torch.cat([tokens, second], dim=-1), confidences.repeat(1, 1, 1, 2) / 2
+    metrics = WindowMetrics.of(predicted, targets, torch.tensor(20.0), torch.tensor(7), CATEGORICAL)
+    assert (float(metrics.missed), float(metrics.second_right), metrics.second) == (2, 1, 0.5)
+    assert metrics.survival == measured(CATEGORICAL, WINDOWS).survival
+    assert measured(CATEGORICAL, WINDOWS).second == 0
+
+
+def test_drafts_without_positions_are_counted_apart() -> None:
+    windows, continued = ["rrr", "rwr", "rr.", "wmr"], ["wrr", "rrw", "rw.", "rmw"]
+    (tokens, confidences), targets = batch([*windows, *continued])
+    # One row of four windows; what continues none stands behind them.
+    predicted = tokens.view(1, 8, 3, 1), confidences.reshape(1, 8, 3, 1)
+    targets = Targets(*(part.view(1, 8, 3) for part in vars(targets).values()))
+    metrics = WindowMetrics.of(predicted, targets, torch.tensor(20.0), torch.tensor(7), CONTINUED)
+    alone = measured(CATEGORICAL, windows)
+    assert (metrics.survival, metrics.accuracy) == (alone.survival, alone.accuracy)
+    assert metrics.continued == pytest.approx((3 / 4, 3 / 4 * 1 / 2, 0))
+    assert by_bin(metrics.sure_tried) == [{0: 4, 2: 3, 4: 1}, {0: 4, 2: 2, 4: 1}]
+    assert by_bin(metrics.sure_right) == [{0: 3, 2: 2, 4: 1}, {0: 3, 2: 1}]
+    assert metrics.rates()["correct_continued"] == pytest.approx(sum(metrics.continued))
+
+
 @pytest.mark.parametrize("variant", ["categorical", "one_hot"])
 def test_batches_measured_apart_add_up(variant: str) -> None:
-    config = PTPConfig(window=3, variant=variant)
+    config = PTPConfig(window=3, variant=variant, continuation=False)
     whole = measured(config, WINDOWS, losses=(23.0,))
     split = measured(config, [WINDOWS[2], WINDOWS[3]], [WINDOWS[0], WINDOWS[1]], losses=(8.0, 15.0))
     assert float(split.tokens) == 2 * float(whole.tokens) == 14
@@ -83,14 +112,14 @@ def test_batches_measured_apart_add_up(variant: str) -> None:
 
 
 def test_a_linear_function_reaches_every_sum() -> None:
-    metrics = measured(PTPConfig(window=3), WINDOWS)
+    metrics = measured(CATEGORICAL, WINDOWS)
     doubled = metrics.mapped(lambda sums: 2 * sums)
     assert all(torch.equal(twice, 2 * once) for twice, once in zip(doubled.parts(), metrics.parts(), strict=True))
     assert doubled.rates() == pytest.approx(metrics.rates())
 
 
 def test_targets_that_are_not_judged_have_a_loss_and_nothing_right_or_wrong() -> None:
-    config = PTPConfig(window=3, variant="categorical")
+    config = CATEGORICAL
     unjudged = WindowMetrics.of(None, batch(WINDOWS)[1], torch.tensor(20.0), torch.tensor(7), config)
     assert (unjudged.mean_loss, unjudged.num_targets, unjudged.num_masked) == (2.0, 10, 1)
     assert not unjudged.counted.any()
@@ -99,7 +128,7 @@ def test_targets_that_are_not_judged_have_a_loss_and_nothing_right_or_wrong() ->
 
 
 def test_nothing_measured_is_zero_not_a_crash() -> None:
-    metrics = WindowMetrics.zeros(PTPConfig(window=3, variant="categorical"))
+    metrics = WindowMetrics.zeros(CATEGORICAL)
     assert metrics.accuracy == [0, 0, 0]
     assert metrics.survival == (0, 0, 0)
     assert (metrics.mean_loss, metrics.mean_correct) == (0, 0)
@@ -114,5 +143,5 @@ def test_predictions_are_what_decoding_drafts() -> None:
         for variant, expected in (("categorical", token), ("one_hot", 1)):
             config = PTPConfig(variant=variant, pick="exact")
             proposed, confidence = propose(config, rule, logits + 3, u, totals=torch.tensor([3.0]))
-            assert proposed.tolist() == [expected]
-            assert confidence.tolist() == pytest.approx([logits.exp()[0, expected].item()])
+            assert proposed.tolist() == [[expected]]
+            assert confidence[0].tolist() == pytest.approx([logits.exp()[0, expected].item()])

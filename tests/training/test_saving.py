@@ -26,6 +26,7 @@ from ptp.model.ptp_model import PTPModel
 from ptp.training import saving
 from ptp.training import trainer as module
 from ptp.training.checkpoints import last_complete_checkpoint
+from ptp.training.metrics import WindowMetrics
 from ptp.training.trainer import PTPTrainer
 
 TIMED = {"tokens_per_second", "memory_gb"}
@@ -36,6 +37,11 @@ SETTINGS = CONFIG.model_copy(
     }
 )
 """Rows of the log lie across checkpoints, and some checkpoints between two of them."""
+
+
+def promised(metrics: WindowMetrics) -> float:
+    """In place of τ: drafts right before the first error."""
+    return metrics.mean_correct
 
 
 def texts(count: int, seed: int) -> Documents:
@@ -109,7 +115,14 @@ def new_trainer(new_model: Callable[..., PTPModel], tmp_path: Path) -> Callable[
         # Another start than that of what it goes on from, so that whatever is not restored shows.
         resumes = last_complete_checkpoint(tmp_path / output) is not None
         return PTPTrainer(
-            model or new_model(seed=int(resumes)), config, RULE, TRAINING, tmp_path / output, callbacks, validation, sum
+            model or new_model(seed=int(resumes)),
+            config,
+            RULE,
+            TRAINING,
+            tmp_path / output,
+            callbacks,
+            validation,
+            promised,
         )
 
     return make
@@ -146,7 +159,7 @@ def quick() -> Iterator[None]:
 def whole(new_model: Callable[..., PTPModel], tmp_path_factory: pytest.TempPathFactory) -> PTPTrainer:
     """What came of a training that nothing stopped; not to be changed."""
     directory = tmp_path_factory.mktemp("whole")
-    return run(PTPTrainer(new_model(), SETTINGS, RULE, TRAINING, directory, (Saved(),), VALIDATION, sum))
+    return run(PTPTrainer(new_model(), SETTINGS, RULE, TRAINING, directory, (Saved(),), VALIDATION, promised))
 
 
 @pytest.fixture(autouse=True)

@@ -40,6 +40,9 @@ DOUBT = 1.1
 PRIOR_WINDOWS = 16
 """Windows that the acceptance profile counts for beside those that decoding itself has seen."""
 
+TINY = 1e-30
+"""In place of no draft at all, in a denominator."""
+
 
 class Policy(Protocol):
     """How a decoder prices positions. most: positions of a text that a call may spend."""
@@ -52,10 +55,13 @@ class Policy(Protocol):
     def profile(self, num_texts: int) -> Profile:
         """What branches yield, net of what verifying their drafts will cost."""
 
-    def learn(self, num_tokens: int, num_positions: int, confidences: Sequence[Sequence[float]]) -> None:
+    def learn(
+        self, num_tokens: int, num_positions: int, confidences: Sequence[Sequence[float]], widths: Sequence[int]
+    ) -> None:
         """What a call yielded: tokens of all its texts, and of each the confidences of its new drafts.
 
-        num_positions: what each text could spend, the last of its tokens not counted.
+        num_positions: what each text could spend, the last of its tokens not counted. widths: of each text, how many of
+        the new drafts have a position of their own.
         """
 
 
@@ -71,7 +77,9 @@ class FixedBudget:
     def profile(self, num_texts: int) -> Profile:
         return self._profile
 
-    def learn(self, num_tokens: int, num_positions: int, confidences: Sequence[Sequence[float]]) -> None:
+    def learn(
+        self, num_tokens: int, num_positions: int, confidences: Sequence[Sequence[float]], widths: Sequence[int]
+    ) -> None:
         pass
 
 
@@ -136,9 +144,11 @@ class MeasuredBudget:
     """
 
     def __init__(self, profile: Profile, latency: Latency, most: int) -> None:
-        self.most, self.lead, self.latency = most, profile.lead, latency
-        self._survival = np.array(profile.survival)
-        self._windows = np.full(len(profile.survival), float(PRIOR_WINDOWS))
+        self.most, self.lead, self.second, self.latency = most, profile.lead, profile.second, latency
+        # Of drafts with a position and of continued ones: how many there were with all before them right, and how many
+        # of those were right.
+        reached = [PRIOR_WINDOWS * np.array([1.0, *survival]) for survival in (profile.survival, profile.continued)]
+        self._asked, self._right = [each[:-1].copy() for each in reached], [each[1:].copy() for each in reached]
         self._rates: dict[int, _Rate] = {}
 
     def price(self, num_texts: int) -> Sequence[float]:
@@ -150,7 +160,9 @@ class MeasuredBudget:
         assert profile is not None
         return profile
 
-    def learn(self, num_tokens: int, num_positions: int, confidences: Sequence[Sequence[float]]) -> None:
+    def learn(
+        self, num_tokens: int, num_positions: int, confidences: Sequence[Sequence[float]], widths: Sequence[int]
+    ) -> None:
         rate = self._rate(len(confidences))
         if rate.pause:
             rate.pause -= 1
@@ -160,8 +172,8 @@ class MeasuredBudget:
         rate.tokens = rate.tokens * fade + num_tokens
         rate.seconds = rate.seconds * fade + rate.times[min(num_positions, self.most)]
         rate.num_calls += 1
-        for window in confidences:
-            self._learn_survival(window)
+        for window, width in zip(confidences, widths, strict=True):
+            self._learn_profile(window, width)
         if rate.num_calls % PROBATION == 0:
             if rate.now < rate.plain:
                 rate.pause, rate.next_pause = rate.next_pause, 2 * rate.next_pause
@@ -169,23 +181,28 @@ class MeasuredBudget:
                 rate.tokens, rate.seconds = PRIOR * rate.num_texts, PRIOR * rate.times[0]
             self._reprice(rate)
 
-    def _learn_survival(self, confidences: Sequence[float]) -> None:
-        """Move the chances that so many drafts are all accepted towards those that a window claims."""
-        if confidences:
-            reached = np.fromiter(accumulate(confidences, mul), float)
-            windows = self._windows[: len(reached)]
-            windows += 1
-            self._survival[: len(reached)] += (reached - self._survival[: len(reached)]) / windows
+    def _learn_profile(self, confidences: Sequence[float], width: int) -> None:
+        """Count drafts for as much as they claim, the first `width` of them as those that have a position."""
+        reached = np.fromiter(accumulate(confidences, mul, initial=1.0), float)
+        for kind, own in enumerate((slice(0, width), slice(width, len(confidences)))):
+            self._asked[kind][own] += reached[:-1][own]
+            self._right[kind][own] += reached[1:][own]
+
+    def _profile(self, verifying: float = 0.0) -> Profile:
+        """The acceptance profile so far."""
+        survival, continued = (
+            tuple(np.cumprod(right / np.maximum(asked, TINY)).tolist())
+            for asked, right in zip(self._asked, self._right, strict=True)
+        )
+        return Profile(survival, self.lead, continued, self.second, verifying)
 
     def _rate(self, num_texts: int) -> _Rate:
         """The rate so far; to begin with, what the profile promises of the best fixed budget."""
         if num_texts not in self._rates:
             times = self.latency.of(num_texts, self.most)
             budgets = sorted({0, *np.linspace(2, self.most, 12).round().astype(int).tolist()})
-            tokens = {
-                budget: num_texts * simulated_tokens_per_call(self._survival.tolist(), budget, self.lead, 50)
-                for budget in budgets
-            }
+            profile = self._profile()
+            tokens = {budget: num_texts * simulated_tokens_per_call(profile, budget, 50) for budget in budgets}
             best = max(budgets, key=lambda budget: tokens[budget] / times[budget])
             rate = self._rates[num_texts] = _Rate(PRIOR * tokens[best], PRIOR * times[best], times, num_texts)
             if rate.now < DOUBT * rate.plain:
@@ -196,6 +213,4 @@ class MeasuredBudget:
     def _reprice(self, rate: _Rate) -> None:
         rate.price = [rate.now * (seconds - rate.times[0]) / rate.num_texts for seconds in rate.times]
         # A draft that is proposed costs a position once more, when it is verified.
-        verifying = rate.price[-1] / max(1, self.most)
-        survival = np.minimum.accumulate(self._survival)
-        rate.profile = Profile(tuple(np.maximum(survival - verifying, 0).tolist()), self.lead)
+        rate.profile = self._profile(verifying=rate.price[-1] / max(1, self.most))

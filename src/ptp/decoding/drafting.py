@@ -1,4 +1,4 @@
-"""The next drafts, of the branch that came true: states of its positions → tokens, confidences (METHOD §4, step 2).
+"""The next drafts, of the branch that came true: their states → tokens, confidences (METHOD §4, step 2).
 
 Without a chain, all positions propose at once. With one they propose in turn, each knowing the tokens before its own;
 what does not depend on those is computed for all positions together.
@@ -22,6 +22,11 @@ from ptp.sampling import LogitsOf, SamplingRule
 MOST_TABLED = 1 << 22
 """Numbers that a table of what a chain makes of every token may have: small models spend their time between operations,
 and for large ones it would take too much memory."""
+
+
+LEAST_CHANCE = 0.02
+"""Of drafts made in turn, all of them to be right, behind which there is no other. Where looking costs nothing, no
+further turn is taken then."""
 
 
 class Drafter:
@@ -52,26 +57,38 @@ class Drafter:
         u: Tensor,
         bonus: Tensor,
         before: Tensor,
+        continued: Tensor | None = None,
     ) -> list[Tensor]:
-        """Drafts and calibrated confidences, each (B, W − lead), of B branches of W positions.
+        """Drafts and the chances that they are right, each (B, ≤ W − lead, candidates), of B branches of W states.
+
+        The likeliest candidate first: its chance is its calibrated confidence, and it is what later drafts follow. A
+        chance of 0 is that of no draft.
 
         rules: (B,), by which the texts are sampled. states: (B, W, H); logits: (B, W, V) of them, where they are known.
-        u: (B, W), of the tokens that the positions propose. bonus: (B, 1), the tokens in front of the first drafts;
-        O-PTP's first position proposes it anew. before: (B, chain), the tokens in front of it, the nearest first.
+        u: (B, W), of the tokens that they propose. bonus: (B, 1), the tokens in front of the first drafts; O-PTP's
+        first position proposes it anew. before: (B, chain), the tokens in front of it, the nearest first. continued:
+        (B, W) bool, states of no position but of a `Continuation`; None where the model has none.
         """
         if self.num_known:
-            tokens, confidences = self._in_turn(rules, states, u, bonus, before)
+            tokens, confidences, reached = self._in_turn(rules, states, u, bonus, before)
         else:
             logits = self.logits_of(states) if logits is None else logits
             blur = [] if self.model.blur is None else [self.model.blur(states)]
             tokens, confidences = self._propose(rules, logits, u, *blur)
-        foreseen = tokens[:, :1] == bonus if self.lead else None
-        return [tokens[:, self.lead :], self.model.calibration(confidences[:, self.lead :], foreseen)]
+            reached = torch.ones_like(u)
+        curve = None if continued is None else continued[:, : tokens.shape[1]]
+        if self.lead:
+            curve = tokens[:, :1, 0] == bonus
+            tokens, confidences, reached = (part[:, self.lead :] for part in (tokens, confidences, reached))
+        first = self.model.calibration(confidences[..., 0], curve).unsqueeze(-1)
+        # A second candidate is right where the first is not.
+        others = torch.minimum(confidences[..., 1:], torch.minimum(first, 1 - first))
+        return [tokens, torch.cat([first, others], dim=-1) * (reached >= LEAST_CHANCE).unsqueeze(-1)]
 
     def _in_turn(
         self, rules: Sequence[SamplingRule], states: Tensor, u: Tensor, bonus: Tensor, before: Tensor
     ) -> list[Tensor]:
-        """As `ptp.model.proposal.Chain` corrects them."""
+        """Candidates and confidences as `ptp.model.proposal.Chain` corrects states, and the chance to come so far."""
         chain, blur, size, width = self.model.chain, self.model.blur, self.num_known, states.shape[-1]
         assert chain is not None
         # The base model's type may be another, also after this model was made.
@@ -85,11 +102,16 @@ class Drafter:
         if blur is not None:
             states = torch.cat([states, blur.linear(states)], dim=-1)
         found = []
+        reached = torch.ones(len(states), device=states.device)
         for index in range(states.shape[1]):
+            if reached.device.type == "cpu" and float(reached.max()) < LEAST_CHANCE:
+                break
             row = states[:, index] + F.linear(F.silu(hidden[:, index]), self.write)
             raw = [] if blur is None else [positive(row[:, width])]
-            found.append(self._propose(rules, self.logits_of(row[:, :width].to(dtype)), u[:, index], *raw))
-            token = bonus[:, 0] if index < self.lead else found[-1][0]
+            tokens, confidences = self._propose(rules, self.logits_of(row[:, :width].to(dtype)), u[:, index], *raw)
+            found.append((tokens, confidences, reached))
+            token = bonus[:, 0] if index < self.lead else tokens[:, 0]
+            reached = reached if index < self.lead else reached * confidences[:, 0]
             hidden[:, index + 1 : index + 1 + size].add_(self._read(token))
         return [torch.stack(parts, dim=1) for parts in zip(*found, strict=True)]
 

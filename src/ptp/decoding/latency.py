@@ -51,7 +51,9 @@ class _Meter(FixedBudget):
     def price(self, num_texts: int) -> Sequence[float]:
         return fixed(self.budget)
 
-    def learn(self, num_tokens: int, num_positions: int, confidences: Sequence[Sequence[float]]) -> None:
+    def learn(
+        self, num_tokens: int, num_positions: int, confidences: Sequence[Sequence[float]], widths: Sequence[int]
+    ) -> None:
         self.num_positions = num_positions
 
 
@@ -75,7 +77,8 @@ def measure_latency(
     """
     started = time.perf_counter()
     # Drafts are so likely to be right that there is always something to spend on.
-    profile = Profile(tuple(0.9**k for k in range(1, len(profile.survival) + 1)), profile.lead)
+    sure = tuple(0.9**k for k in range(1, len(profile.survival) + 1))
+    profile = Profile(sure, profile.lead, tuple(0.5**k for k in range(1, len(profile.continued) + 1)), profile.second)
     most = max(max(budgets) for budgets in CALLS.values())
     sessions = {num_texts: make_session(_Meter(profile, most), num_texts) for num_texts in CALLS}
     kinds = [_Kind(num_texts, budget) for num_texts, budgets in CALLS.items() for budget in budgets]

@@ -1,12 +1,13 @@
 """The positions of one decoding call and what each may attend to (METHOD §4).
 
-    row    0 … p−1      p … p+m−1     (padding)     then for b = 0 … m       (padding)
-           pending      drafts                      branch b, w_b positions
-           gate off     gate off      gate off      gate on                  gate on
+    row    0 … p−1      p … p+m−1    then s               (padding)     then for b = 0 … m       (padding)
+           pending      drafts       second candidates                  branch b, w_b positions
+           gate off     gate off     gate off             gate off      gate on                  gate on
 
-Pending tokens are accepted but not yet cached: the prompt in the first call, the last token later. Their last row
-and the draft rows verify. Branch b is written for the case that exactly b drafts are accepted. Texts that are decoded
-together have layouts of their own, padded to one shape.
+Pending tokens are accepted but not yet cached: the prompt in the first call, the last one or two tokens later. Their
+last row and the draft rows verify. A second candidate stands where its draft does and sees what that sees: its row is
+what goes on if the draft is wrong and it is right. Branch b is written for the case that exactly b drafts are accepted.
+Texts that are decoded together have layouts of their own, padded to one shape.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RowLayout:
-    """One text's share of a call. num_pending: p ≥ 1. num_drafts: m. widths: window positions of branches 0 … m."""
+    """One text's share of a call. num_pending: p ≥ 1. num_drafts: m. widths: window positions of branches 0 … m.
+
+    seconds: of the drafts 0 … m − 1, those beside which there is a second candidate.
+    """
 
     num_pending: int
     num_drafts: int
     widths: tuple[int, ...]
+    seconds: tuple[int, ...] = ()
 
     @property
     def num_verify(self) -> int:
         """Positions that pass through the base model's own weights."""
-        return self.num_pending + self.num_drafts
+        return self.num_pending + self.num_drafts + len(self.seconds)
 
     @property
     def num_window(self) -> int:
@@ -63,8 +68,9 @@ class CallLayout:
     call's positions each sees; texts see all of their own cache besides. place: (B, W) int64, b + k for index k of
     branch b: the place of the position's u, counted from the first token not yet accepted. anchor: (B, W) int64,
     the position of the last token that the branch takes as accepted. first: (B, W) bool, k == 0. starts, widths:
-    (B, branches) int64, where each branch begins and how many positions it has. verify: (B, 1 + drafts) int64, the
-    positions that verify, the last repeated. num_drafts: (B,) int64.
+    (B, branches) int64, where each branch begins and how many positions it has. verify: (B, branches) int64, the
+    positions that verify, the last repeated. second: (B, branches) int64, the position of the second candidate for the
+    draft behind so many, −1 where there is none. num_drafts: (B,) int64.
     """
 
     offset: Tensor
@@ -75,15 +81,16 @@ class CallLayout:
     starts: Tensor
     widths: Tensor
     verify: Tensor
+    second: Tensor
     num_drafts: Tensor
 
 
 def call_layout(rows: Sequence[RowLayout], shape: CallShape, shift: int, device: torch.device) -> CallLayout:
     """The layouts of several texts as one. shift: see `PTPConfig.shift`."""
     num_branches = 1 + max(row.num_drafts for row in rows)
-    # Layouts behind a single pending token come back again and again; those of prompts are large and do not.
+    # Layouts behind one or two pending tokens come back again and again; those of prompts are large and do not.
     parts = [
-        (_kept_layout if row.num_pending == 1 else row_layout)(row, shape, num_branches, shift, device) for row in rows
+        (_kept_layout if row.num_pending <= 2 else row_layout)(row, shape, num_branches, shift, device) for row in rows
     ]
     if len(parts) == 1:
         return parts[0]
@@ -105,7 +112,12 @@ def row_layout(row: RowLayout, shape: CallShape, num_branches: int, shift: int, 
     """
     # Lists and numpy: a layout that is new costs a tenth of what it does in tensor operations.
     sees = np.eye(shape.num_positions, dtype=bool)
-    sees[: row.num_verify, : row.num_verify] = np.tri(row.num_verify, dtype=bool)
+    num_main = row.num_pending + row.num_drafts
+    sees[:num_main, :num_main] = np.tri(num_main, dtype=bool)
+    second = [-1] * num_branches
+    for position, draft in enumerate(row.seconds, num_main):
+        sees[position, : row.num_pending + draft] = True
+        second[draft] = position
     place: list[int] = []
     anchor: list[int] = []
     first: list[int] = []
@@ -120,9 +132,10 @@ def row_layout(row: RowLayout, shape: CallShape, num_branches: int, shift: int, 
         first += [int(k == 0) for k in range(width)]
         starts.append(start)
         start = end
-    verify = _padded(list(range(row.num_verify)), shape.gate_start)
-    offset = verify + _padded([row.num_pending + step + shift for step in place], shape.num_window)
-    verifies = [min(row.num_pending - 1 + branch, row.num_verify - 1) for branch in range(num_branches)]
+    shut = [*range(num_main), *(row.num_pending + draft for draft in row.seconds)]
+    offset = _padded(shut, shape.gate_start)
+    offset += _padded([row.num_pending + step + shift for step in place], shape.num_window)
+    verifies = [min(row.num_pending - 1 + branch, num_main - 1) for branch in range(num_branches)]
 
     def tensor(values: object) -> Tensor:
         return torch.as_tensor(values, device=device).unsqueeze(0)
@@ -136,6 +149,7 @@ def row_layout(row: RowLayout, shape: CallShape, num_branches: int, shift: int, 
         starts=tensor(_padded(starts, num_branches)),
         widths=tensor(_padded(list(row.widths), num_branches)),
         verify=tensor(verifies),
+        second=tensor(second),
         num_drafts=tensor(row.num_drafts),
     )
 

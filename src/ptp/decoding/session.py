@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ from ptp.sampling import LogitsOf, SamplingRule, pick, warp
 PREFILL_CHUNK = 512
 """Prompt tokens run ahead of the first call at a time, so that its mask stays small."""
 
+MOST_PENDING = 2
+"""Verified tokens that a call behind the prompt reads, at most: a bonus token, and a second candidate before it."""
+
 ONE_READING = 64
 """Positions of a call up to which the output head makes logits of all of them: it is read once then, and reading it
 takes longer than the products do. In larger calls it makes those of the verify positions, then of the true branch."""
@@ -44,8 +48,9 @@ COMPILED_CAPACITY = 512
 class Step:
     """What one call settled for a text. token_ids: verified tokens, in order; the first num_accepted had been drafted.
 
-    u: their numbers. num_drafts: draft tokens the call verified. finish_reason: of a text's last call, why the text
-    ends there (see `Request.finish_reason`). logprobs: of each token, where the request asks for them.
+    u: their numbers. num_drafts: draft tokens the call verified, second candidates among them. finish_reason: of a
+    text's last call, why the text ends there (see `Request.finish_reason`). logprobs: of each token, where the request
+    asks for them.
     """
 
     token_ids: list[int]
@@ -58,13 +63,18 @@ class Step:
 
 @dataclass(eq=False)
 class Text:
-    """A request in the making: its tokens so far, those of them that are cached, and the drafts at hand."""
+    """A request in the making: its tokens so far, those of them that are cached, and the drafts at hand.
+
+    confidences: the chance that each draft is right. seconds: second candidates for their places, and the chances of
+    those; empty where there are none.
+    """
 
     request: Request
     tokens: list[int]
     num_cached: int
     drafts: list[int] = field(default_factory=list)
     confidences: list[float] = field(default_factory=list)
+    seconds: list[tuple[int, float]] = field(default_factory=list)
 
     @property
     def num_written(self) -> int:
@@ -77,11 +87,18 @@ class Text:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call found for a text: what is verified, and the next drafts with their confidences."""
+    """What a call found for a text: what is verified, and the next drafts with their confidences and second candidates.
+
+    width: how many of the drafts have a position of their own, the first ones. num_pending: verified tokens at the end
+    whose keys are not where they belong: the bonus token's, and before it those of a second candidate.
+    """
 
     verified: Verified
-    drafts: list[int]
-    confidences: list[float]
+    drafts: list[int] = field(default_factory=list)
+    confidences: list[float] = field(default_factory=list)
+    seconds: list[tuple[int, float]] = field(default_factory=list)
+    width: int = 0
+    num_pending: int = 1
     logprobs: list[Logprobs] | None = None
 
 
@@ -119,6 +136,25 @@ class _Reading:
         tokens = torch.cat([self.recent, self.tokens], dim=1)
         steps = torch.arange(num_tokens, device=index.device)
         return tokens.gather(1, index + self.recent.shape[1] - steps)
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """What a call settles of B texts, on the device.
+
+    true_tokens: (B, 1 + drafts), what the base model writes at each verify row. num_accepted: (B, 1), drafts that are
+    right. second: (B, 1), the position of the second candidate that is right in place of the next, or −1. bonus:
+    (B, 1), the last token settled. logits: (B, 1 + drafts, V) of the verify rows; logits_behind: (B, 1, V) of the
+    second candidate's. verified: of each text, where the host has looked already; true_tokens say nothing then.
+    """
+
+    true_tokens: Tensor
+    num_accepted: Tensor
+    bonus: Tensor
+    second: Tensor
+    logits: Tensor
+    logits_behind: Tensor | None = None
+    verified: Sequence[Verified] = ()
 
 
 class Session:
@@ -179,7 +215,7 @@ class Session:
     def _reserve(self, num_tokens: int) -> None:
         """Room in the cache for texts of so many tokens."""
         # A call appends padding too: as many positions as the widest texts beside it have.
-        needed = num_tokens + 2 * (self.policy.most + 1)
+        needed = num_tokens + 2 * (self.policy.most + MOST_PENDING)
         if self.layers is None:
             self.cache.reserve(needed)
         elif needed > self.cache.capacity:
@@ -197,8 +233,9 @@ class Session:
         self._close_gaps()
         texts = self.texts
         layouts = self._layouts(texts)
-        plain = self.layers is None and _is_plain(layouts)
-        outcomes = [self._call_plainly(texts[0])] if plain else self._call(texts, layouts)
+        reach = [self._reach(text, len(texts)) for text in texts]
+        plain = self.layers is None and _is_plain(layouts) and not any(reach)
+        outcomes = [self._call_plainly(texts[0])] if plain else self._call(texts, layouts, reach)
         steps = []
         for text, layout, outcome in zip(texts, layouts, outcomes, strict=True):
             verified = outcome.verified
@@ -207,38 +244,56 @@ class Session:
                 verified.token_ids,
                 u,
                 verified.num_accepted,
-                layout.num_drafts,
+                layout.num_drafts + len(layout.seconds),
                 verified.finish_reason,
                 outcome.logprobs,
             )
             steps.append((text, step))
             text.tokens += step.token_ids
-            text.num_cached = len(text.tokens) - 1
-            text.drafts, text.confidences = outcome.drafts, outcome.confidences
+            text.num_cached = len(text.tokens) - outcome.num_pending
+            text.drafts, text.confidences, text.seconds = outcome.drafts, outcome.confidences, outcome.seconds
             if step.finish_reason is not None:
                 self.leave(text)
         # Calls that read prompts, or that drafted less than the policy would have, say nothing of its choices.
-        if all(layout.num_pending == 1 for layout in layouts) and all(text.request.budget is None for text in texts):
+        if all(layout.num_pending <= MOST_PENDING for layout in layouts) and all(
+            text.request.budget is None for text in texts
+        ):
             num_tokens = sum(len(step.token_ids) for _, step in steps)
-            confidences = [outcome.confidences for outcome in outcomes]
-            self.policy.learn(num_tokens, CallShape.of(layouts).num_positions - 1, confidences)
+            confidences, widths = zip(*((outcome.confidences, outcome.width) for outcome in outcomes), strict=True)
+            self.policy.learn(num_tokens, CallShape.of(layouts).num_positions - 1, confidences, widths)
         return steps
+
+    def _reach(self, text: Text, num_texts: int) -> int:
+        """Drafts, at most, that are worth making for the text's next call whether they have positions or not."""
+        affordable = len(self._price(text, num_texts)) - 1
+        if self.model.continuation is None or not affordable:
+            return 0
+        profile = self.policy.profile(num_texts)
+        useful = sum(reached > profile.verifying for reached in profile.continued)
+        return max(0, min(useful, affordable, text.num_remaining - 2))
+
+    def _price(self, text: Text, num_texts: int) -> Sequence[float]:
+        """What positions cost a text; its request may allow fewer than the policy."""
+        price = self.policy.price(num_texts)
+        return price if text.request.budget is None else price[: text.request.budget + 1]
 
     def _layouts(self, texts: Sequence[Text]) -> list[RowLayout]:
         """What each text verifies and drafts in the next call; drafts that are not verified are dropped."""
         price, lead = self.policy.price(len(texts)), self.model.ptp_config.lead
         if len(price) == 1:
             for text in texts:
-                text.drafts, text.confidences = [], []
+                text.drafts, text.confidences, text.seconds = [], [], []
             return [RowLayout(len(text.tokens) - text.num_cached, 0, (0,)) for text in texts]
         profile = self.policy.profile(len(texts))
+        # Processors look at one text after the other, and at one way that it goes on.
+        processed = any(text.request.processors for text in texts)
         layouts = []
         for text in texts:
-            own_price = price if text.request.budget is None else price[: text.request.budget + 1]
-            plan = allocate(text.confidences, profile, own_price, text.num_remaining)
+            seconds = [] if processed else [chance for _, chance in text.seconds]
+            plan = allocate(text.confidences, profile, self._price(text, len(texts)), text.num_remaining, seconds)
             text.drafts = text.drafts[: plan.num_drafts]
             widths = tuple(width + lead if width else 0 for width in plan.widths)
-            layouts.append(RowLayout(len(text.tokens) - text.num_cached, plan.num_drafts, widths))
+            layouts.append(RowLayout(len(text.tokens) - text.num_cached, plan.num_drafts, widths, plan.seconds))
         return layouts
 
     def _close_gaps(self) -> None:
@@ -267,10 +322,13 @@ class Session:
         device, config = self.model.device, self.model.ptp_config
         shape, width = CallShape.of(layouts), None
         cached, written = [text.num_cached for text in texts], [text.num_written for text in texts]
-        ids = [text.tokens[text.num_cached :] + text.drafts for text in texts]
+        ids = [
+            [*text.tokens[text.num_cached :], *text.drafts, *(text.seconds[draft][0] for draft in own.seconds)]
+            for text, own in zip(texts, layouts, strict=True)
+        ]
         before = [_last(text.tokens[: text.num_cached], config.chain) for text in texts]
         numbers = [text.request.u for text in texts]
-        compiled = self.layers is not None and shape.gate_start <= 1 + config.num_drafts
+        compiled = self.layers is not None and shape.gate_start <= self._most_verified()
         if compiled:
             shape, width = self._compiled_shape(shape), self.cache.capacity
             # Free slots take part; what is written to them goes where no text reaches.
@@ -311,47 +369,81 @@ class Session:
         logits = self.head(hidden[:, :num_read]) if len(layouts) * num_read <= ONE_READING else None
         return _Reading(layout, tokens, recent, u, done, hidden, logits, self.head)
 
-    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout]) -> list[Outcome]:
-        """One forward call: what it verifies, and what it drafts."""
+    def _call(self, texts: Sequence[Text], layouts: Sequence[RowLayout], reach: Sequence[int]) -> list[Outcome]:
+        """One forward call: what it verifies, and what it drafts, of continued drafts as many as `reach` says."""
         reading = self._read(texts, layouts)
-        layout, logits = reading.layout, reading.logits_at(reading.layout.verify)
         rules = [self._rule(text) for text in texts]
-        rules += rules[:1] * (len(logits) - len(texts))
-        found: list[Tensor] = []
-        verified: list[Verified] = []
-        if any(text.request.processors for text in texts):
-            # They look at the tokens so far, on the host, and only at those that stay.
-            for row, text in enumerate(texts):
-                verified.append(self._verified(text, logits[row], reading.u[row, text.num_written :]))
-            settled = [[each.num_accepted, each.token_ids[-1]] for each in verified]
-            settled += [[0, 0]] * (len(logits) - len(texts))
-            num_accepted, bonus = torch.tensor(settled, device=logits.device).split(1, dim=1)
-        else:
-            # Drafts count up to the first that is not what the base model writes with that u.
-            place = torch.arange(logits.shape[1], device=logits.device)
-            (true_tokens,) = by_rule(rules, _picked, logits, reading.u_at(place))
-            drafts = reading.tokens.gather(1, layout.verify)[:, 1:]
-            right = (drafts == true_tokens[:, :-1]) & (place[1:] <= layout.num_drafts.unsqueeze(1))
-            num_accepted = right.cumprod(1).sum(1, keepdim=True)
-            bonus = true_tokens.gather(1, num_accepted)
-            found.append(true_tokens)
+        rules += rules[:1] * (len(reading.tokens) - len(texts))
+        processed = any(text.request.processors for text in texts)
+        settled = self._settled_processed(texts, reading) if processed else self._settled(layouts, reading, rules)
         widest = max(max(row.widths) for row in layouts)
-        if logits.device.type == "cpu":
+        if reading.tokens.device.type == "cpu":
             # Looking costs nothing here, and less is read.
-            widest = int(layout.widths.gather(1, num_accepted).max())
-        found += self._draft(reading, num_accepted, bonus, widest, rules) if widest else [num_accepted[:, :0]] * 2
+            widest = int(reading.layout.widths.gather(1, settled.num_accepted).max())
+        drafted = self._draft(reading, settled, max(widest, *reach), rules)
         # One copy to the host: float64 holds token ids exactly.
-        values = torch.cat([part.double() for part in found], dim=1).split([part.shape[1] for part in found], dim=1)
-        *true, drafted, confidences = (part.tolist() for part in values)
+        parts = [settled.true_tokens, settled.second, settled.bonus, *(part.flatten(1) for part in drafted)]
+        values = torch.cat([part.double() for part in parts], dim=1).split([part.shape[1] for part in parts], dim=1)
         outcomes = []
-        for row, (text, own) in enumerate(zip(texts, layouts, strict=False)):
-            if true:
-                verified.append(verify(map(int, true[0][row]), text.drafts, text.tokens, text.request))
-            width = max(0, own.widths[verified[row].num_accepted] - self.model.ptp_config.lead)
-            next_drafts = [int(token) for token in drafted[row][:width]]
-            told = _logprobs(text, logits[row], verified[row])
-            outcomes.append(Outcome(verified[row], next_drafts, confidences[row][:width], told))
+        rows = zip(*(part.tolist() for part in values), strict=True)
+        for row, (text, own, told) in enumerate(zip(texts, layouts, rows, strict=False)):
+            true_tokens, drafts, goes_on = [int(token) for token in told[0]], text.drafts, told[1][0] >= 0
+            logits = settled.logits[row]
+            if goes_on:
+                assert settled.logits_behind is not None
+                # What is right is the drafts up to the wrong one, its second candidate and what stands behind that.
+                right = true_tokens[: 1 + _common(true_tokens, drafts)]
+                true_tokens, drafts = [*right, int(told[2][0])], right
+                logits = torch.cat([logits[: len(right)], settled.logits_behind[row]])
+            verified = settled.verified[row] if processed else verify(true_tokens, drafts, text.tokens, text.request)
+            width = 0 if goes_on else max(0, own.widths[verified.num_accepted] - self.model.ptp_config.lead)
+            many, candidates = max(width, reach[row]), self.model.ptp_config.num_candidates
+            tokens, chances = [int(token) for token in told[3]], told[4]
+            confidences = list(takewhile(bool, chances[: many * candidates : candidates]))
+            seconds = list(zip(tokens[1::2], chances[1::2], strict=True)) if candidates > 1 else []
+            outcomes.append(
+                Outcome(
+                    verified,
+                    tokens[::candidates][: len(confidences)],
+                    confidences,
+                    seconds[: len(confidences)],
+                    width=min(width, len(confidences)),
+                    num_pending=1 + goes_on,
+                    logprobs=_logprobs(text, logits, verified),
+                )
+            )
         return outcomes
+
+    def _settled(self, layouts: Sequence[RowLayout], reading: _Reading, rules: Sequence[SamplingRule]) -> _Settled:
+        """Drafts count up to the first that is not what the base model writes with that u."""
+        layout, logits = reading.layout, reading.logits_at(reading.layout.verify)
+        place = torch.arange(logits.shape[1], device=logits.device)
+        (true_tokens,) = by_rule(rules, _picked, logits, reading.u_at(place))
+        drafts = reading.tokens.gather(1, layout.verify)[:, 1:]
+        right = (drafts == true_tokens[:, :-1]) & (place[1:] <= layout.num_drafts.unsqueeze(1))
+        num_accepted = right.cumprod(1).sum(1, keepdim=True)
+        bonus = true_tokens.gather(1, num_accepted)
+        second = layout.second.gather(1, num_accepted)
+        if not any(row.seconds for row in layouts):
+            return _Settled(true_tokens, num_accepted, bonus, second, logits)
+        # In place of the wrong draft, its second candidate may be what is right, and the text goes on behind that.
+        index = second.clamp(min=0)
+        second = torch.where(reading.tokens.gather(1, index) == bonus, second, -1)
+        logits_behind = reading.logits_at(index)
+        (behind,) = by_rule(rules, _picked, logits_behind, reading.u_at(num_accepted + 1))
+        bonus = torch.where(second >= 0, behind, bonus)
+        return _Settled(true_tokens, num_accepted, bonus, second, logits, logits_behind)
+
+    def _settled_processed(self, texts: Sequence[Text], reading: _Reading) -> _Settled:
+        """Processors look at the tokens so far, on the host, and only at those that stay."""
+        logits = reading.logits_at(reading.layout.verify)
+        verified = [
+            self._verified(text, logits[row], reading.u[row, text.num_written :]) for row, text in enumerate(texts)
+        ]
+        settled = [[each.num_accepted, each.token_ids[-1]] for each in verified]
+        settled += [[0, 0]] * (len(logits) - len(texts))
+        num_accepted, bonus = torch.tensor(settled, device=logits.device).split(1, dim=1)
+        return _Settled(bonus, num_accepted, bonus, torch.full_like(bonus, -1), logits, verified=verified)
 
     def _call_plainly(self, text: Text) -> Outcome:
         """`_call` for one text that drafts nothing: one position, as any decoder does it."""
@@ -360,7 +452,7 @@ class Session:
         hidden = self.model.read(ids, position, None, self.cache)
         logits = self.head(hidden[0])
         verified = self._verified(text, logits, text.request.u[text.num_written :])
-        return Outcome(verified, [], [], _logprobs(text, logits, verified))
+        return Outcome(verified, logprobs=_logprobs(text, logits, verified))
 
     def _rule(self, text: Text) -> SamplingRule:
         return text.request.rule or self.rule
@@ -373,25 +465,41 @@ class Session:
 
     def _compiled_shape(self, shape: CallShape) -> CallShape:
         """Of the two shapes that are compiled, a position for each text or all that may be had, the one that serves."""
-        if shape.num_positions == 1:
-            return shape
-        return CallShape(1 + min(self.model.ptp_config.num_drafts, self.policy.most), self.policy.most)
+        return shape if shape.num_positions == 1 else CallShape(self._most_verified(), self.policy.most)
 
-    def _draft(
-        self, reading: _Reading, num_accepted: Tensor, bonus: Tensor, widest: int, rules: Sequence[SamplingRule]
-    ) -> list[Tensor]:
-        """Drafts and calibrated confidences, (B, widest − lead) each, of the branches that came true.
+    def _most_verified(self) -> int:
+        """Positions, at most, that a call behind the prompt verifies of a text."""
+        config = self.model.ptp_config
+        pending = MOST_PENDING if config.num_candidates > 1 else 1
+        return pending + min(config.num_candidates * config.num_drafts, self.policy.most)
 
-        num_accepted: (B, 1), which they are. bonus: (B, 1), the tokens before their first drafts. widest: positions of
-        the widest; what lies past a branch's own is padding. rules: (B,).
+    def _draft(self, reading: _Reading, settled: _Settled, widest: int, rules: Sequence[SamplingRule]) -> list[Tensor]:
+        """Drafts and their chances, (B, ≤ widest − lead, candidates) each, behind what came true (see `Drafter`).
+
+        widest: drafts of the text that has most, with the lead; what lies past a branch's own is continued, or else
+        padding. rules: (B,).
         """
-        layout, config, device = reading.layout, self.model.ptp_config, bonus.device
+        layout, config, device = reading.layout, self.model.ptp_config, reading.tokens.device
+        if not widest:
+            nothing = settled.bonus.new_zeros(len(rules), 0, config.num_candidates)
+            return [nothing, nothing]
+        num_accepted, second = settled.num_accepted, settled.second
+        goes_on = second >= 0
         steps = torch.arange(widest, device=device)
         index = (layout.starts.gather(1, num_accepted) + steps).clamp(max=layout.offset.shape[1] - 1)
-        u = reading.u_at(num_accepted + 1 - config.lead + steps)
-        before = reading.tokens_until(layout.verify.gather(1, num_accepted), config.chain)
+        u = reading.u_at(num_accepted + goes_on + 1 - config.lead + steps)
+        anchor = layout.verify.gather(1, num_accepted)
+        before = reading.tokens_until(anchor, config.chain)
+        states, continued = reading.states_at(index), None
+        if self.model.continuation is not None:
+            nearest = reading.tokens.gather(1, second.clamp(min=0))
+            before = torch.where(goes_on, torch.cat([nearest, before], dim=1)[:, : config.chain], before)
+            anchor = torch.where(goes_on, second, anchor)
+            continued = (steps >= layout.widths.gather(1, num_accepted)) | goes_on
+            going_on = self.model.continuation(reading.states_at(anchor).squeeze(1))[:, :widest]
+            states = torch.where(continued.unsqueeze(-1), going_on, states)
         logits = None if config.chain else reading.logits_at(index)
-        return self.drafter(rules, reading.states_at(index), logits, u, bonus, before)
+        return self.drafter(rules, states, logits, u, settled.bonus, before, continued)
 
 
 def _picked(rule: SamplingRule, logits: Tensor, u: Tensor) -> list[Tensor]:

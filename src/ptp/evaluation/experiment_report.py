@@ -88,7 +88,7 @@ def make_report(experiment: Experiment, verification: Verification, budget: int)
         hardware=hardware(),
         date=datetime.date.today().isoformat(),
         tokens_per_call=verification.tokens_per_call,
-        tokens_per_call_simulated=simulated_tokens_per_call(result.survival, budget, config.model.lead),
+        tokens_per_call_simulated=simulated_tokens_per_call(result.profile, budget),
         speedup=verification.speedup,
         overhead=verification.overhead,
         num_prompts=len(comparisons),

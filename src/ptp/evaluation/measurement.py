@@ -9,6 +9,7 @@ from math import sqrt
 
 from ptp.data.store import CompletionStore
 from ptp.decoding.acceptance import simulated_tokens_per_call
+from ptp.decoding.allocation import Profile
 from ptp.decoding.decoder import Decoder, Generation
 from ptp.evaluation.experiment_report import decoding_threads
 from ptp.experiment import Experiment
@@ -43,8 +44,8 @@ class Measurement:
     simulated_short: float
 
     @classmethod
-    def of(cls, generations: Sequence[Generation], survival: Sequence[float], budget: int, lead: int) -> Measurement:
-        """Count what was written. survival, lead: of the adapter that wrote it."""
+    def of(cls, generations: Sequence[Generation], profile: Profile, budget: int) -> Measurement:
+        """Count what was written. profile: of the adapter that wrote it."""
         counts = [(len(generation.token_ids), generation.num_calls) for generation in generations]
         num_prompts = len(counts)
         num_tokens, num_calls = (sum(count) for count in zip(*counts, strict=True))
@@ -59,8 +60,8 @@ class Measurement:
             num_calls=num_calls,
             tokens_per_call=found,
             standard_error=standard_error,
-            simulated=simulated_tokens_per_call(survival, budget, lead),
-            simulated_short=simulated_tokens_per_call(survival, budget, lead, max(1, round(num_calls / num_prompts))),
+            simulated=simulated_tokens_per_call(profile, budget),
+            simulated_short=simulated_tokens_per_call(profile, budget, max(1, round(num_calls / num_prompts))),
         )
 
     @property
@@ -94,8 +95,7 @@ def measure(experiment: Experiment, budget: int, progress: Progress = unheard) -
 
 def keep(experiment: Experiment, generations: Sequence[Generation], budget: int) -> Measurement:
     """Write beside the adapter what it reached on held-out prompts."""
-    survival = read_training_result(experiment).survival
-    found = Measurement.of(generations, survival, budget, experiment.config.model.lead)
+    found = Measurement.of(generations, read_training_result(experiment).profile, budget)
     write_atomically(experiment.adapter / MEASUREMENT, json.dumps(asdict(found), indent=2).encode() + b"\n")
     return found
 

@@ -45,8 +45,8 @@ FILES = (PEFT_CONFIG, LORA_WEIGHTS, AUXILIARY_WEIGHTS, SETTINGS)
 CODE = ("custom_generate/generate.py", "custom_generate/requirements.txt")
 """Beside them, what transformers' `generate` runs."""
 
-BEFORE_CHAINS = {"pick": "exact", "chain": 0}
-"""What adapters of format version 1 do not say."""
+BEFORE = {1: {"pick": "exact", "chain": 0, "continuation": False}, 2: {"continuation": False}}
+"""What adapters of earlier format versions do not say."""
 
 NO_TOKEN = -1
 """What would open the gate in PEFT by itself, were it in a text: it is opened by `alora_offsets` alone."""
@@ -58,16 +58,19 @@ class AdapterSettings(Record):
     """Contents of ptp_config.json.
 
     base_model: hub id, or a path that is tried relative to the adapter directory first. base_fingerprint: see
-    `fingerprint`. rule: the sampling rule of the training data. survival: s_1 … s_L of the acceptance profile.
+    `fingerprint`. rule: the sampling rule of the training data. survival, continued: the acceptance profile, s_1 … s_L
+    of windows and of continued drafts. second: the chance that the second candidate is right where a draft is wrong.
     calibration: of the drafts' confidences.
     """
 
-    format_version: int = 2
+    format_version: int = 3
     base_model: str
     base_fingerprint: str
     config: PTPConfig
     rule: SamplingRule | None = None
     survival: tuple[float, ...]
+    continued: tuple[float, ...] = ()
+    second: float = 0.0
     calibration: Calibration = Calibration()
 
 
@@ -117,8 +120,8 @@ def read_settings(adapter: Path) -> AdapterSettings:
     """ptp_config.json, checked. Raises `AdapterError` if it is corrupt."""
     try:
         stored = dict(json.loads((adapter / SETTINGS).read_text()))
-        if stored.get("format_version") == 1:
-            stored["config"] = BEFORE_CHAINS | stored["config"]
+        if unsaid := BEFORE.get(stored.get("format_version", 0)):
+            stored["config"] = unsaid | stored.get("config", {})
         return AdapterSettings(**stored)
     except (ValueError, TypeError) as error:
         raise AdapterError(f"{adapter / SETTINGS} is not a valid adapter configuration: {error}") from None

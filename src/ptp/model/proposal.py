@@ -7,6 +7,9 @@
 All states come out of one call, in which no position knows the tokens of those before it, only their u. But a draft
 counts only if all drafts before it are right, and the first of them follows a verified token: so the tokens before it
 may be taken as known. In training they are the text's own, and all positions are computed at once.
+
+A draft that has no position in the call has no state of its own. It is proposed in the same way from the state that the
+base model has at the last verified token, which every call computes to verify it: `Continuation`.
 """
 
 from __future__ import annotations
@@ -54,6 +57,23 @@ class Chain(nn.Module):
         return (own + self.write(F.silu(hidden))).to(states.dtype)
 
 
+class Continuation(nn.Module):
+    """States of drafts that have no position of their own: the base model's of the anchor and a vector for each place.
+
+    The chain makes of it what follows the tokens that it is shown. Drafts are free then but for being verified, and
+    somewhat worse than those of a window, which reads the context for each of them anew.
+    """
+
+    def __init__(self, window: int, hidden_size: int) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.zeros(window, hidden_size))
+
+    def forward(self, anchor: Tensor) -> Tensor:
+        """States (..., L, H) of a window's places. anchor: (..., H), the base model's that predicts the bonus token."""
+        dtype = self.places.dtype
+        return (anchor.unsqueeze(-2).to(dtype) + self.places).to(anchor.dtype)
+
+
 class Blur(nn.Module):
     """How far the edges of a state's intervals may be off, as `ptp.soft_pick` takes it: (..., H) → (...) float32."""
 
@@ -93,18 +113,21 @@ def propose(
     blur: Tensor | None = None,
     totals: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The token that each window position proposes, and its confidence: int64 and float32, each (...).
+    """The tokens that each window position proposes, and its confidence in them: int64 and float32.
 
-    logits: (..., V); u: (...), the numbers of the tokens to propose, which a one-hot window does not read here. blur:
-    (...), for a soft pick. totals: (...), the logits' `logsumexp`, of one-hot windows, where it is known already.
+    Each (..., `config.num_candidates`), the likeliest first. logits: (..., V); u: (...), the numbers of the tokens to
+    propose, which a one-hot window does not read here. blur: (...), for a soft pick. totals: (...), the logits'
+    `logsumexp`, of one-hot windows, where it is known already.
     """
     if config.variant == "one_hot":
-        best = logits.float().max(-1)
-        return best.indices, (best.values - (logits.float().logsumexp(-1) if totals is None else totals)).exp()
+        best = logits.float().max(-1, keepdim=True)
+        totals = logits.float().logsumexp(-1) if totals is None else totals
+        return best.indices, (best.values - totals.unsqueeze(-1)).exp()
     if config.picks_softly:
         assert blur is not None, "a soft pick needs its blur"
-        return soft_pick(logits, u, blur, rule)
+        tokens, chances = soft_pick(logits, u, blur, rule)
+        return tokens[..., : config.num_candidates], chances[..., : config.num_candidates]
     distribution = warp(logits, rule)
     # No u lies in an interval that is no number; that there are such, the loss will tell.
     token, lower, upper = draw(replace(distribution, upper=distribution.upper.nan_to_num(1.0)), u)
-    return token, upper - lower
+    return token.unsqueeze(-1), (upper - lower).unsqueeze(-1)

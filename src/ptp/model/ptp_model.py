@@ -42,7 +42,7 @@ from ptp.model.head import layers_of, project
 from ptp.model.hub import upload
 from ptp.model.loading import load_base_model, to_dtype
 from ptp.model.masks import context_mask, window_mask
-from ptp.model.proposal import Blur, Chain
+from ptp.model.proposal import Blur, Chain, Continuation
 from ptp.model.repository import write_repository
 from ptp.sampling import SamplingRule, inside, row_intervals, token_intervals
 
@@ -93,9 +93,13 @@ class PTPModel(nn.Module):
         chains, blurs = config.chain > 0, config.picks_softly
         self.chain = Chain(config.chain, config.chain_size, hidden_size).to(tokens.device) if chains else None
         self.blur = Blur(hidden_size).to(tokens.device) if blurs else None
+        continues = config.continues
+        self.continuation = Continuation(config.window, hidden_size).to(tokens.device) if continues else None
         self.base_fingerprint = fingerprint(base_model)
         self.rule: SamplingRule | None = None
         self.survival: tuple[float, ...] = tuple(0.5**k for k in range(1, self.ptp_config.num_drafts + 1))
+        self.continued: tuple[float, ...] = tuple(0.4**k for k in range(1, config.window + 1)) if continues else ()
+        self.second = 0.2 if config.num_candidates > 1 else 0.0
         self.calibration = Calibration()
         self.source: Path | None = None
 
@@ -129,7 +133,8 @@ class PTPModel(nn.Module):
             )
         model = cls(base_model if given else to_dtype(base_model, dtype), settings.config)
         model.load_adapter(adapter)
-        model.rule, model.survival, model.calibration = settings.rule, settings.survival, settings.calibration
+        model.rule, model.calibration = settings.rule, settings.calibration
+        model.survival, model.continued, model.second = settings.survival, settings.continued, settings.second
         model.base_fingerprint = found
         # Not the base model's own, of which some stay in float32 in models of half precision.
         for parameter in [*lora_parameters(model.base_model), *model.added_weights().values()]:
@@ -155,7 +160,7 @@ class PTPModel(nn.Module):
 
     def added_weights(self) -> dict[str, nn.Parameter]:
         """What is trained beside the LoRA, by the names it has in files."""
-        parts = {"": self.auxiliary, "chain.": self.chain, "blur.": self.blur}
+        parts = {"": self.auxiliary, "chain.": self.chain, "blur.": self.blur, "continuation.": self.continuation}
         return {
             f"{prefix}{name}": parameter
             for prefix, part in parts.items()
@@ -196,6 +201,8 @@ class PTPModel(nn.Module):
             config=self.ptp_config,
             rule=self.rule,
             survival=self.survival,
+            continued=self.continued,
+            second=self.second,
             calibration=self.calibration,
         )
 

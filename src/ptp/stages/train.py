@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,10 +13,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.integrations import TensorBoardCallback
 
+from ptp.config import PTPConfig
 from ptp.data.documents import Documents
 from ptp.data.split import held_out
 from ptp.data.store import CompletionStore
 from ptp.decoding.acceptance import simulated_tokens_per_call
+from ptp.decoding.allocation import Profile
 from ptp.errors import ConfigError, DataError
 from ptp.experiment import Experiment
 from ptp.files import write_atomically
@@ -60,10 +61,11 @@ class TrainingResult:
     """What training measured on held-out windows.
 
     step: the step whose model this is, the best of those measured. accuracy: right predictions by window index.
-    survival: the acceptance profile. validation_loss: mean over targets. num_masked: targets the sampling rule gives no
-    mass. num_tokens, num_trained: tokens of the training documents, and those of them in spans. curves: (step, value)
-    by their names in the Trainer's log. config: all settings of the run, overrides included, as `ExperimentConfig` has
-    them.
+    survival, continued: the acceptance profile, of drafts with positions and of continued ones. second: the chance that
+    the second candidate is right where a draft is wrong. validation_loss: mean over targets. num_masked: targets the
+    sampling rule gives no mass. num_tokens, num_trained: tokens of the training documents, and those of them in spans.
+    curves: (step, value) by their names in the Trainer's log. config: all settings of the run, overrides included, as
+    `ExperimentConfig` has them.
     """
 
     step: int
@@ -75,6 +77,14 @@ class TrainingResult:
     num_trained: int
     curves: dict[str, Curve]
     config: dict[str, Any]
+    continued: list[float] = field(default_factory=list)
+    second: float = 0.0
+
+    @property
+    def profile(self) -> Profile:
+        """What decoding may expect of the adapter."""
+        lead = PTPConfig(**self.config["model"]).lead
+        return Profile(tuple(self.survival), lead, tuple(self.continued), self.second)
 
 
 @dataclass(frozen=True)
@@ -134,12 +144,14 @@ def train(
         experiment.checkpoints,
         callbacks,
         validation=data.validation,
-        tokens_per_call=partial(simulated_tokens_per_call, budget=settings.budget, lead=experiment.config.model.lead),
+        tokens_per_call=lambda found: simulated_tokens_per_call(
+            Profile(found.survival, experiment.config.model.lead, found.continued, found.second), settings.budget
+        ),
     )
     write_events_to(experiment.events, trainer)
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(experiment.checkpoints))
     metrics = trainer.measure()
-    model.survival, model.calibration = metrics.survival, metrics.calibration
+    metrics.tell(model)
     if trainer.args.should_save:
         # Of the adapter before; without its settings, one whose writing is cut short does not look whole.
         for name in (TRAINING_RESULT, MEASUREMENT, ADAPTER_SETTINGS):
@@ -149,6 +161,8 @@ def train(
         step=trainer.state.best_global_step or trainer.state.global_step,
         accuracy=metrics.accuracy,
         survival=list(metrics.survival),
+        continued=list(metrics.continued),
+        second=metrics.second,
         validation_loss=metrics.mean_loss,
         num_masked=metrics.num_masked,
         num_tokens=int(data.training.lengths.sum()),

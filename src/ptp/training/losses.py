@@ -32,6 +32,10 @@ class Targets:
     valid: Tensor
     in_span: Tensor
 
+    def repeated(self, times: int) -> Targets:
+        """The same windows once more behind those of each row, so often in all: (B, times · N, L)."""
+        return Targets(*(part.repeat(1, times, 1) for part in vars(self).values()))
+
 
 def window_targets(ids: Tensor, span: Tensor, starts: Tensor, mass: Tensor, window: int, shift: int) -> Targets:
     """Targets of windows that start at `starts`: the position after each input's, start + shift + 1 + k.
@@ -57,8 +61,8 @@ class WindowLoss:
     """What windows lose and propose.
 
     total: () weighted sum over valid targets, with gradient. cross_entropy: () sum without weights or divergence.
-    predicted: (B, N, L) int64 proposed tokens and float32 confidences, 0 where no target is valid; None where none were
-    asked for.
+    predicted: (B, N, L, C) int64 proposed tokens and float32 confidences, the likeliest of C candidates first, 0 where
+    no target is valid; None where none were asked for.
     """
 
     total: Tensor
@@ -80,17 +84,21 @@ def window_loss(
     blur: Tensor | None = None,
     distillation: float = 0.0,
 ) -> WindowLoss:
-    """Weighted sum over valid positions of −log P(target), plus `distillation` · KL(teacher ‖ window).
+    """Weighted sum over valid positions of (1 − d) · −log P(target) + d · KL(teacher ‖ window), d = `distillation`.
+
+    With a soft pick P(target) is the chance that u picks it. That term counts in full, for the blur has no other; the
+    share d of its gradient in the window's distribution is left out.
 
     windows: (B, N, L, H), context: (B, S, H), hidden states of windows and base model; weights: (L,). summed: sums a
     loss over rows of hidden states and of further numbers, and `logits_of` makes logits of the context's, both a part
-    at a time. u: (B, N, L), of the targets; without it nothing is proposed. blur: (B, N, L), for a soft pick, whose
-    P(target) is the chance that u picks it. The teacher's distribution is the rule's, in the row before a target.
+    at a time. u: (B, N, L), of the targets; without it nothing is proposed. blur: (B, N, L), for a soft pick. The
+    teacher's distribution is the rule's, in the row before a target.
     """
     # Once: how many there are is known on the device alone, and each look waits for it.
     valid = sequence, _, index = torch.nonzero(targets.valid, as_tuple=True)
     tokens, share, before = targets.token_ids[valid], weights[index], targets.index[valid] - 1
-    proposed, confidences, entropies = torch.zeros_like(tokens), torch.zeros_like(share), torch.zeros_like(share)
+    entropies = torch.zeros_like(share)
+    proposed, confidences = (part.new_zeros(len(part), config.num_candidates) for part in (tokens, share))
     numbers = u[valid] if u is not None else None
     # C-PTP's windows are warped by the rule when they are used; the loss sees them so.
     temperature = rule.temperature if config.variant == "categorical" and rule.temperature > 0 else 1.0
@@ -102,10 +110,12 @@ def window_loss(
             scores = scores / temperature
         if own:
             assert numbers is not None
-            entropy = negative_log_chance(logits, tokens[part], numbers[part], own[0], rule)
+            losses = entropy = negative_log_chance(
+                _slowed(logits, 1 - distillation), tokens[part], numbers[part], own[0], rule
+            )
         else:
             entropy = F.cross_entropy(scores, tokens[part], reduction="none")
-        losses = entropy
+            losses = (1 - distillation) * entropy
         if distillation > 0:
             with torch.no_grad():
                 teacher = warp(logits_of(context[sequence[part], before[part]]), rule).dense(scores.shape[-1])
@@ -124,10 +134,17 @@ def window_loss(
     total = summed(loss, windows[valid], *([blur[valid]] if blur is not None else []))
 
     def placed(values: Tensor) -> Tensor:
-        return values.new_zeros(targets.valid.shape).index_put(valid, values)
+        return values.new_zeros(*targets.valid.shape, config.num_candidates).index_put(valid, values)
 
     predicted = (placed(proposed), placed(confidences)) if u is not None else None
     return WindowLoss(total, entropies.sum(), predicted)
+
+
+def _slowed(values: Tensor, share: float) -> Tensor:
+    """The same values, to which but a share of their gradient goes back."""
+    if share in (0, 1):
+        return values if share else values.detach()
+    return values * share + values.detach() * (1 - share)
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:

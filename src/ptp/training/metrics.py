@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ptp.calibration import NUM_BINS, Calibration, confidence_bin
 from ptp.config import PTPConfig
+from ptp.model.ptp_model import PTPModel
 from ptp.training.losses import Targets
 
 
@@ -17,11 +18,13 @@ from ptp.training.losses import Targets
 class WindowMetrics:
     """Sums over windows, float32 tensors: those of parts, steps and processes add up to those of the whole.
 
-    correct, counted: (L,) right and valid predictions by window index. survived, tried: (L − lead,) for each draft
-    w, windows whose first w drafts are all right, of those whose first w − 1 are and whose w-th has a target.
-    sure_right, sure_tried: (1 + lead, NUM_BINS) the same drafts by the curve of `Calibration` and the bin of their
-    confidence, of windows whose first token has a target. cross_entropy, scored: () its sum over valid targets, and
-    how many they are. masked: () targets without mass. tokens: () tokens read.
+    correct, counted: (L,) right and valid predictions by window index. survived, tried: (kinds, L − lead) for each
+    draft w, windows whose first w drafts are all right, of those whose first w − 1 are and whose w-th has a target; of
+    drafts with positions and, if there are such, of continued ones. sure_right, sure_tried: (curves, NUM_BINS) the same
+    drafts by the curve of `Calibration` and the bin of their confidence, of windows whose first token has a target.
+    missed, second_right: () drafts tried that are wrong, and those of them whose second candidate is right.
+    cross_entropy, scored: () its sum over valid targets, and how many they are. masked: () targets without mass.
+    tokens: () tokens read.
     """
 
     correct: Tensor
@@ -30,6 +33,8 @@ class WindowMetrics:
     tried: Tensor
     sure_right: Tensor
     sure_tried: Tensor
+    missed: Tensor
+    second_right: Tensor
     cross_entropy: Tensor
     scored: Tensor
     masked: Tensor
@@ -38,9 +43,9 @@ class WindowMetrics:
     @classmethod
     def zeros(cls, config: PTPConfig) -> WindowMetrics:
         """Nothing counted yet."""
-        by_index, by_draft = torch.zeros(config.window), torch.zeros(config.num_drafts)
-        by_confidence = torch.zeros(1 + config.lead, NUM_BINS)
-        return cls(by_index, by_index, by_draft, by_draft, by_confidence, by_confidence, *torch.zeros(4))
+        by_index, by_draft = torch.zeros(config.window), torch.zeros(config.num_kinds, config.num_drafts)
+        by_confidence = torch.zeros(config.num_curves, NUM_BINS)
+        return cls(by_index, by_index, by_draft, by_draft, by_confidence, by_confidence, *torch.zeros(6))
 
     @classmethod
     def of(
@@ -53,8 +58,8 @@ class WindowMetrics:
     ) -> WindowMetrics:
         """Count a batch.
 
-        predicted: tokens and confidences, each (B, N, L), or None for targets that are not judged. cross_entropy,
-        tokens: ().
+        predicted: tokens and confidences, each (B, kinds · N, L, candidates), windows and the likeliest first, or None
+        for targets that are not judged. cross_entropy, tokens: ().
         """
         unjudged = replace(
             cls.zeros(config),
@@ -65,29 +70,36 @@ class WindowMetrics:
         )
         if predicted is None:
             return unjudged
-        token_ids, confidences = predicted
-        right = (token_ids == targets.token_ids) & targets.valid
-        drafted, valid = right[..., config.lead :].long(), targets.valid[..., config.lead :]
+        # (B, kinds, N, L)
+        apart = (config.num_kinds, -1)
+        candidates, confidences = predicted[0].unflatten(1, apart), predicted[1][..., 0].unflatten(1, apart)
+        all_valid = targets.valid.unflatten(1, apart)
+        hits = (candidates == targets.token_ids.unflatten(1, apart).unsqueeze(-1)) & all_valid.unsqueeze(-1)
+        right, others = hits[..., 0], hits[..., 1:].any(-1)
+        drafted, valid = right[..., config.lead :].long(), all_valid[..., config.lead :]
         run = drafted.cumprod(-1)
         before = torch.cat([torch.ones_like(run[..., :1]), run[..., :-1]], dim=-1)
         tried = before.bool() & valid
         # A curve of its own for windows whose output in front of the drafts, if they have one, is right.
         curve = right[..., : config.lead].sum(-1, keepdim=True)
+        curve = curve + torch.arange(config.num_kinds, device=curve.device)[:, None, None]
         entry = curve * NUM_BINS + confidence_bin(confidences[..., config.lead :])
-        asked = tried & targets.valid[..., :1]
+        asked = tried & all_valid[..., :1]
 
         def by_confidence(drafts: Tensor) -> Tensor:
-            sums = torch.zeros((1 + config.lead) * NUM_BINS, device=drafts.device)
+            sums = torch.zeros(config.num_curves * NUM_BINS, device=drafts.device)
             return sums.index_add(0, entry.flatten(), drafts.flatten().float()).view(-1, NUM_BINS)
 
         return replace(
             unjudged,
-            correct=right.sum((0, 1)).float(),
-            counted=targets.valid.sum((0, 1)).float(),
-            survived=run.sum((0, 1)).float(),
-            tried=tried.sum((0, 1)).float(),
+            correct=right[:, 0].sum((0, 1)).float(),
+            counted=all_valid[:, 0].sum((0, 1)).float(),
+            survived=run.sum((0, 2)).float(),
+            tried=tried.sum((0, 2)).float(),
             sure_right=by_confidence(asked & drafted.bool()),
             sure_tried=by_confidence(asked),
+            missed=(tried & ~drafted.bool()).sum().float(),
+            second_right=(tried & others[..., config.lead :]).sum().float(),
         )
 
     def __add__(self, other: WindowMetrics) -> WindowMetrics:
@@ -111,12 +123,30 @@ class WindowMetrics:
 
     @property
     def survival(self) -> tuple[float, ...]:
-        """The acceptance profile: s_w, the chance that a branch's first w drafts are all accepted.
+        """The acceptance profile: s_w, the chance that the first w drafts of a branch of positions are all accepted.
 
         A product of conditional rates, so it never rises, and windows cut short by their document's end count for as
         far as they go.
         """
-        return tuple((self.survived / self.tried.clamp(min=1)).cumprod(0).tolist())
+        return self._survival(0)
+
+    @property
+    def continued(self) -> tuple[float, ...]:
+        """The same of drafts none of which has a position; empty where such are not made."""
+        return self._survival(1) if len(self.survived) > 1 else ()
+
+    @property
+    def second(self) -> float:
+        """The chance that the second candidate is right where a draft is wrong; 0 without second candidates."""
+        return float(self.second_right) / max(1.0, float(self.missed))
+
+    def tell(self, model: PTPModel) -> None:
+        """Let a model know what its drafts are worth, as decoding asks and adapters keep."""
+        model.survival, model.continued, model.second = self.survival, self.continued, self.second
+        model.calibration = self.calibration
+
+    def _survival(self, kind: int) -> tuple[float, ...]:
+        return tuple((self.survived / self.tried.clamp(min=1))[kind].cumprod(0).tolist())
 
     @property
     def calibration(self) -> Calibration:
@@ -148,6 +178,7 @@ class WindowMetrics:
         return {
             "loss": self.mean_loss,
             "correct": self.mean_correct,
+            **({"correct_continued": sum(self.continued)} if self.continued else {}),
             "accuracy": float(self.correct.sum()) / max(1, int(self.counted.sum())),
             "masked": self.num_masked / max(1, self.num_targets + self.num_masked),
             **{f"accuracy/{index}": share for index, share in enumerate(self.accuracy)},

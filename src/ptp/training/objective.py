@@ -28,8 +28,8 @@ EVALUATION_WINDOWS = 2000
 class Objective:
     """What a training minimises: cross-entropy of the windows' tokens, and more.
 
-    rule: the sampling rule of the data. weights: (L,) of window indices. distillation: weight of the KL to the
-    teacher beside the cross-entropy's 1. inverse: u is drawn under the model's own distributions.
+    rule: the sampling rule of the data. weights: (L,) of window indices. distillation: share of the KL to the teacher,
+    that of the cross-entropy being the rest. inverse: u is drawn under the model's own distributions.
     """
 
     rule: SamplingRule
@@ -68,20 +68,23 @@ def measured_pass(model: nn.Module, batch: dict[str, Tensor], objective: Objecti
 def targets_of(batch: dict[str, Tensor], mass: Tensor, model: PTPModel, first: bool) -> Targets:
     """What the windows of a batch should predict, (B, N, K): K = L, or L + 1 with their first tokens.
 
-    mass: (B, S) bool, whether the rule gives a token any.
+    Where the model continues, what it should without their positions stands behind them, (B, 2 N, L). mass: (B, S)
+    bool, whether the rule gives a token any.
     """
     config = model.ptp_config
-    return window_targets(
+    targets = window_targets(
         batch["ids"], batch["span"], batch["starts"], mass, config.window + first, config.shift - first
     )
+    return targets.repeated(config.num_kinds)
 
 
 def trained_states(output: TrainingPass, batch: dict[str, Tensor], model: PTPModel, first: bool) -> Tensor:
-    """The hidden states (B, N, K, H) that predict the targets of `targets_of`."""
+    """The hidden states (B, N, K, H), or (B, 2 N, L, H), that predict the targets of `targets_of`."""
     windows = output.windows.unflatten(1, (-1, model.ptp_config.window))
-    if not first:
-        return windows
-    return torch.cat([states_before(batch["starts"], output.context).unsqueeze(2), windows], dim=2)
+    anchor = states_before(batch["starts"], output.context)
+    if model.continuation is not None:
+        return torch.cat([windows, model.continuation(anchor)], dim=1)
+    return torch.cat([anchor.unsqueeze(2), windows], dim=2) if first else windows
 
 
 def _measure(
@@ -91,6 +94,7 @@ def _measure(
     targets = targets_of(batch, output.mass, model, first)
     before = tokens_before(batch["ids"], batch["positions"], targets.index, config.chain)
     states = model.chained(trained_states(output, batch, model, first), before)
+    u = output.u[..., config.shift + 1 :][..., : config.window].repeat(1, config.num_kinds, 1)
     loss = window_loss(
         states,
         output.context,
@@ -100,7 +104,7 @@ def _measure(
         rule,
         summed=partial(summed_loss, model.base_model),
         logits_of=model.logits,
-        u=None if objective.inverse else output.u[..., config.shift + 1 :][..., : config.window],
+        u=None if objective.inverse else u,
         blur=None if model.blur is None else model.blur(states),
         distillation=objective.distillation,
     )

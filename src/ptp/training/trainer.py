@@ -45,7 +45,7 @@ class PTPTrainer(Trainer):
     """Trains what of a `PTPModel` requires gradients; a checkpoint's weights are an adapter directory.
 
     validation: documents that every checkpoint is measured on; the best by `correct` is kept, and is what the model
-    holds in the end. tokens_per_call: what an acceptance profile promises, for the log.
+    holds in the end. tokens_per_call: what windows promise, for the log.
     """
 
     model: PTPModel
@@ -59,7 +59,7 @@ class PTPTrainer(Trainer):
         output_dir: Path,
         callbacks: Sequence[TrainerCallback] = (),
         validation: Documents | None = None,
-        tokens_per_call: Callable[[Sequence[float]], float] | None = None,
+        tokens_per_call: Callable[[WindowMetrics], float] | None = None,
     ) -> None:
         self.config = config
         self.validation, self.tokens_per_call = validation, tokens_per_call
@@ -101,7 +101,7 @@ class PTPTrainer(Trainer):
         # The loss comes out divided by what `_get_num_items_in_batch` says.
         self.model_accepts_loss_kwargs = True
         weights = config.position_decay ** torch.arange(window, dtype=torch.float32)
-        self.objective: Objective = Objective(rule, weights, config.kl_weight(model.ptp_config), config.inverse)
+        self.objective: Objective = Objective(rule, weights, config.kl_share(model.ptp_config), config.inverse)
         self.running = WindowMetrics.zeros(model.ptp_config)
         self.losses: list[Tensor] = []
         self.norms: list[Tensor | float] = []
@@ -178,7 +178,7 @@ class PTPTrainer(Trainer):
             # Nothing was judged: u picks the right token whatever the model predicts.
             rates = {"loss": rates["loss"]}
         elif self.tokens_per_call is not None:
-            rates["tokens_per_call"] = self.tokens_per_call(metrics.survival)
+            rates["tokens_per_call"] = self.tokens_per_call(metrics)
         if not prefix:
             now = time.monotonic()
             rates["tokens_per_second"] = float(metrics.tokens) / max(now - self.clock - self.paused, 1e-9)
@@ -226,7 +226,7 @@ class PTPTrainer(Trainer):
             rates = self._rates(metrics := self.measure(), prefix="eval_")
             if not math.isfinite(rates["eval_loss"]):
                 raise ConfigError(not_finite("validation loss", self.state.global_step, self.config, self.output_dir))
-            self.model.survival, self.model.calibration = metrics.survival, metrics.calibration
+            metrics.tell(self.model)
             self.log(rates)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, rates)
         return rates
