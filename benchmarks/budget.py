@@ -5,7 +5,7 @@
 For every budget: τ, the wall-clock speed-up over a bare autoregressive loop of the same model, dtype and sampling rule
 (as `ptp bench` defines it, with its quartiles over held-out prompts), and the break-even, the time of a call over the
 time of one plainly decoded token: drafting pays where τ is larger. All budgets take turns on every prompt. Prints a
-table, then one JSON line.
+table, then one JSON line. With --compile every call is a compiled one, on a GPU a CUDA graph, those of the loop too.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compile", action="store_true", help="compare compiled calls with a compiled loop")
     arguments = parser.parse_args()
     experiment = Experiment.load(arguments.directory)
     rule = experiment.config.sampling
@@ -44,9 +45,10 @@ def main() -> None:
     model = PTPModel.from_pretrained(experiment.directory, dtype=arguments.dtype)
     num_parameters = plain_model.num_parameters()
     with decoding_threads(num_parameters):
-        decoders = {budget: Decoder(model, rule, budget) for budget in arguments.budgets}
+        decoders = {budget: Decoder(model, rule, budget, compile=arguments.compile) for budget in arguments.budgets}
     methods: dict[str, Method] = {str(budget): by_decoder(decoder) for budget, decoder in decoders.items()}
-    methods[PLAIN] = by_plain_loop(plain_model, rule)
+    loop = Decoder(model, rule, 0, compile=True) if arguments.compile else None
+    methods[PLAIN] = by_decoder(loop) if loop else by_plain_loop(plain_model, rule)
     requests = held_out_requests(experiment, plain_model, arguments.num_prompts, arguments.max_new_tokens)
     with decoding_threads(num_parameters):
         take_turns(methods, requests[0], repetitions=1, first=0)  # unmeasured
@@ -74,7 +76,7 @@ def main() -> None:
             f"{budget:>6} {row['tokens_per_call']:6.2f} {row['speedup']:8.2f}x {lower:6.2f}–{upper:5.2f} "
             f"{row['break_even']:10.2f} {row['mismatches']:10d}"
         )
-    print(json.dumps({"hardware": hardware(), "dtype": arguments.dtype, "rows": rows}))
+    print(json.dumps({"hardware": hardware(), "dtype": arguments.dtype, "compiled": arguments.compile, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -116,7 +116,9 @@ def test_every_mode_trains_a_lossless_adapter(of_mode: Callable[[Mode], Experime
     assert all(tensor.any() for name, tensor in weights.items() if "lora_B" in name)
     result = read_training_result(experiment)
     assert tuple(result.survival) == model.survival
-    assert len(model.calibration.curves) == 1 + model.ptp_config.lead
+    assert len(model.calibration.curves) == model.ptp_config.num_curves
+    assert (list(model.continued), model.second) == (result.continued, result.second)
+    assert len(model.continued) == len(model.survival)
     assert len(result.accuracy) == experiment.config.model.window
     assert result.config == experiment.config.model_dump(mode="json")
     verification = verify_experiment(experiment, num_prompts=2, max_new_tokens=12, budget=8)

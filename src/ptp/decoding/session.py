@@ -397,9 +397,10 @@ class Session:
                 logits = torch.cat([logits[: len(right)], settled.logits_behind[row]])
             verified = settled.verified[row] if processed else verify(true_tokens, drafts, text.tokens, text.request)
             width = 0 if goes_on else max(0, own.widths[verified.num_accepted] - self.model.ptp_config.lead)
-            many, candidates = max(width, reach[row]), self.model.ptp_config.num_candidates
+            candidates = self.model.ptp_config.num_candidates
             tokens, chances = [int(token) for token in told[3]], told[4]
-            confidences = list(takewhile(bool, chances[: many * candidates : candidates]))
+            # What has no chance is no draft, nor is anything behind it.
+            confidences = list(takewhile(bool, chances[::candidates][: max(width, reach[row])]))
             seconds = list(zip(tokens[1::2], chances[1::2], strict=True)) if candidates > 1 else []
             outcomes.append(
                 Outcome(
