@@ -1,4 +1,4 @@
-"""What a draft's confidence is worth: how often drafts that were as sure have been right (METHOD §4, step 4).
+"""What a draft's confidence is worth: how often drafts that were as sure have been right (METHOD §4, step 6).
 
 confidences of held-out windows ── counts by bin ──► Calibration ── of a draft's confidence ──► its chance
 """

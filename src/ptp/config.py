@@ -43,8 +43,8 @@ class PTPConfig(Record):
         "exact" trusts it.
     chain, chain_size: how many tokens directly before a draft its prediction is corrected by, 0 for none, and the
         hidden numbers of that correction (see `ptp.model.proposal`).
-    continuation: whether drafts without a window position continue those that have one, from the base model's state of
-        the last verified token (categorical with a chain only; see `ptp.model.proposal.Continuation`).
+    continuation: whether drafts without a window position continue those that have one, from the base model's state
+        that predicts the bonus token (categorical with a chain only; see `ptp.model.proposal.Continuation`).
     window: L, window positions trained together, and the most positions one branch may have in decoding.
     auxiliary, auxiliary_size: name and size of the embedding of u (see `ptp.model.auxiliary`).
     anchor: add the embedding of the last context token to no window position, the "first", or "all".

@@ -55,6 +55,19 @@ def test_no_call_is_traced_again_whatever_the_texts(
     check(tiny_llama(20), random_adapter, variant, num_slots)
 
 
+def test_a_free_slot_stands_at_no_position_that_the_model_lacks(
+    monkeypatch: pytest.MonkeyPatch, tiny_gpt2: Callable, random_adapter: Callable
+) -> None:
+    """Learned positions end with the context, and a cache in multiples of some size goes on."""
+    monkeypatch.setattr(decoder_module, "compiled_layers", traced)
+    base = tiny_gpt2(20, context=64)
+    model = random_adapter(PTPModel(deepcopy(base), PTPConfig(window=5)), std=0.3)
+    session = Decoder(model, RULE, budget=8, compile=True).session(3)
+    assert session.step() == []
+    write(session, base, [1, 2, 3], 61, seed=0)
+    assert session.cache.capacity > 64
+
+
 @pytest.mark.parametrize("variant", ["categorical", "one_hot"])
 def test_compiled_calls_draft_the_same(
     monkeypatch: pytest.MonkeyPatch, tiny_llama: Callable, random_adapter: Callable, variant: str

@@ -266,7 +266,7 @@ class Conversation:
         """Say so if the adapter was trained for another rule."""
         trained = self.chat.model.rule
         if trained not in (None, self.chat.settings.rule):
-            self.note(f"the adapter was trained for {trained}: the text is as right, but fewer drafts are accepted")
+            self.note(f"the adapter was trained for {trained}: the text is as right, but fewer drafts may be accepted")
 
     def on_colour(self, _: str) -> None:
         self.coloured = not self.coloured

@@ -1,4 +1,4 @@
-"""How many drafts to verify and how wide to make each branch of the next call (METHOD §4, step 4)."""
+"""How many drafts to verify and how wide to make each branch of the next call (METHOD §4, step 1)."""
 
 from __future__ import annotations
 
@@ -103,10 +103,10 @@ def allocate(
 
     Verifying draft j yields S_j = c_1···c_j tokens in this call, and its second candidate S_{j−1}·a_j; widening branch
     b to w yields P_b·(H(w) − H(w − 1)) in the next, P_b = S_b·(1 − c_{b+1} − a_{b+1}) being the chance that exactly b
-    drafts are accepted and no second candidate. Gains for a position fall along an open branch, so taking the largest
-    first is exact for whatever number of positions they sum to; what is left in front of an opening that does not fit
-    is spent as well as it can be. Where drafts are left out, a branch behind them is too, the last branch is likelier,
-    and widths are found anew.
+    drafts are accepted and no second candidate, whether that is verified in the end or not. Gains for a position fall
+    along an open branch, as profiles are, so that next to nothing is lost by taking the largest first; what is left in
+    front of an opening that does not fit is spent as well as it can be. Where drafts are left out, a branch behind them
+    is too, the last branch is likelier, and widths are found anew.
 
     Which drafts are verified is not chosen for the sum of both gains: a call that drops its drafts for a wide branch
     promises as much, one call later, and then would do so again.

@@ -100,7 +100,7 @@ class Decoder:
         self.policy = self._policy(budget)
         if model.rule is not None and self.rule != model.rule:
             logger.warning(
-                "the adapter was trained for %s; under %s the text is as right, but fewer drafts are accepted",
+                "the adapter was trained for %s; under %s the text is as right, but fewer drafts may be accepted",
                 model.rule,
                 self.rule,
             )

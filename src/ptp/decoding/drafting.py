@@ -1,4 +1,4 @@
-"""The next drafts, of the branch that came true: their states → tokens, confidences (METHOD §4, step 2).
+"""The next drafts, of the branch that came true: their states → tokens, confidences (METHOD §4, step 6).
 
 Without a chain, all positions propose at once. With one they propose in turn, each knowing the tokens before its own;
 what does not depend on those is computed for all positions together.
@@ -25,8 +25,7 @@ and for large ones it would take too much memory."""
 
 
 LEAST_CHANCE = 0.02
-"""Of drafts made in turn, all of them to be right, behind which there is no other. Where looking costs nothing, no
-further turn is taken then."""
+"""Drafts made in turn end where the chance that all before them are right, uncalibrated, falls below this."""
 
 
 class Drafter:

@@ -26,6 +26,7 @@ from ptp.decoding.layout import CallLayout, CallShape, RowLayout, call_layout, c
 from ptp.decoding.requests import Request
 from ptp.decoding.verification import Logprobs, Verified, by_rule, logprobs, sampled, verify
 from ptp.errors import DecodingError
+from ptp.layer_kinds import context_length
 from ptp.model.proposal import UNKNOWN
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import LogitsOf, SamplingRule, pick, warp
@@ -90,7 +91,8 @@ class Outcome:
     """What a call found for a text: what is verified, and the next drafts with their confidences and second candidates.
 
     width: how many of the drafts have a position of their own, the first ones. num_pending: verified tokens at the end
-    whose keys are not where they belong: the bonus token's, and before it those of a second candidate.
+    whose keys are not where they belong: the bonus token's, and before it those of a second candidate, which stand
+    behind the drafts while the wrong draft's stand in its place.
     """
 
     verified: Verified
@@ -231,7 +233,8 @@ class Session:
     def step(self) -> list[tuple[Text, Step]]:
         """One call for all texts, each of which gets at least one token; those that are finished leave."""
         self._close_gaps()
-        texts = self.texts
+        if not (texts := self.texts):
+            return []
         layouts = self._layouts(texts)
         reach = [self._reach(text, len(texts)) for text in texts]
         plain = self.layers is None and _is_plain(layouts) and not any(reach)
@@ -352,11 +355,15 @@ class Session:
             embedded = self.model.embed_u(u.gather(1, place))
             window = self.model.add_anchor(embedded, tokens.gather(1, layout.anchor), layout.first)
             inputs = torch.cat([self.model.token_embedding(tokens), window], dim=1)
+        positions = layout.offset + lengths
+        if compiled and (longest := context_length(self.model.base_model.config)) is not None:
+            # The cache of free slots, where nothing is read, may reach further than the model's positions.
+            positions = positions.clamp(max=longest - 1)
         alone = len(layouts) == 1 and not compiled
         self.cache.append_at(None if alone else lengths[:, 0], max(cached), shape.num_positions, width=width)
         hidden = self.model.read(
             inputs,
-            layout.offset + lengths,
+            positions,
             call_mask(layout, cached, lengths, width),
             self.cache,
             gate_start=shape.gate_start if shape.num_window else None,

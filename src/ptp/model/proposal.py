@@ -8,8 +8,8 @@ All states come out of one call, in which no position knows the tokens of those 
 counts only if all drafts before it are right, and the first of them follows a verified token: so the tokens before it
 may be taken as known. In training they are the text's own, and all positions are computed at once.
 
-A draft that has no position in the call has no state of its own. It is proposed in the same way from the state that the
-base model has at the last verified token, which every call computes to verify it: `Continuation`.
+A draft that has no position in the call has no state of its own. It is proposed in the same way from the state by which
+the base model predicts the bonus token, and which every call computes for that: `Continuation`.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ class Chain(nn.Module):
 
 
 class Continuation(nn.Module):
-    """States of drafts that have no position of their own: the base model's of the anchor and a vector for each place.
+    """States of drafts that have no position of their own, from the base model's that predicts the bonus token.
 
-    The chain makes of it what follows the tokens that it is shown. Drafts are free then but for being verified, and
-    somewhat worse than those of a window, which reads the context for each of them anew.
+    A vector for each place is added to it, and the chain makes of it what follows the tokens that it is shown. Such
+    drafts take no position until they are verified, and are somewhat worse than those of a window, which reads the
+    context for each of them anew.
     """
 
     def __init__(self, window: int, hidden_size: int) -> None:

@@ -160,18 +160,18 @@ class WindowMetrics:
 
     @property
     def num_targets(self) -> int:
-        """Valid targets."""
-        return int(self.scored)
+        """Valid targets of the windows; what continues them has the same."""
+        return int(self.scored) // len(self.survived)
 
     @property
     def num_masked(self) -> int:
-        """Targets the sampling rule gives no mass."""
-        return int(self.masked)
+        """Targets the sampling rule gives no mass, counted as `num_targets` are."""
+        return int(self.masked) // len(self.survived)
 
     @property
     def mean_loss(self) -> float:
-        """Cross-entropy of a valid target, in nats."""
-        return float(self.cross_entropy) / max(1, self.num_targets)
+        """Cross-entropy of a valid target, in nats; the mean of windows and of what continues them."""
+        return float(self.cross_entropy) / max(1, int(self.scored))
 
     def rates(self) -> dict[str, float]:
         """What is logged of them, by name."""
