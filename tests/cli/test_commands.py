@@ -507,8 +507,7 @@ def test_the_tokens_per_call_that_training_prints_are_those_of_decoding_held_out
     for number, prompt in enumerate(validation_prompts(experiment, 32)):
         for step in decoder.steps(make_request(model.base_model, prompt, 128, seed=0, sequence=number)):
             num_tokens, num_calls = num_tokens + len(step.token_ids), num_calls + 1
-    profile = Profile(model.survival, model.ptp_config.lead, model.continued, model.second)
-    simulated = simulated_tokens_per_call(profile, budget)
+    simulated = simulated_tokens_per_call(Profile.of(model, model.ptp_config.lead), budget)
     assert f"budget {budget}: measured {num_tokens / num_calls:.2f} (" in line
     assert f"tokens {num_tokens:,})" in line
     assert line.endswith(f"simulated from the windows {simulated:.2f}")

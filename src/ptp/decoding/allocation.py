@@ -8,6 +8,7 @@ from functools import cached_property
 from heapq import heapify, heappop, heappush
 from itertools import accumulate, pairwise, zip_longest
 from operator import mul
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,19 @@ class Allocation:
         return self.num_drafts + len(self.seconds) + sum(width + lead for width in self.widths if width)
 
 
+class Measured(Protocol):
+    """What knows how often drafts are right, under the names of `Profile`."""
+
+    @property
+    def survival(self) -> Sequence[float]: ...
+
+    @property
+    def continued(self) -> Sequence[float]: ...
+
+    @property
+    def second(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class Profile:
     """What a branch of w positions yields and costs.
@@ -42,6 +56,11 @@ class Profile:
     continued: tuple[float, ...] = ()
     second: float = 0.0
     verifying: float = 0.0
+
+    @classmethod
+    def of(cls, measured: Measured, lead: int) -> Profile:
+        """What a model, its training, or held-out windows say of drafts."""
+        return cls(tuple(measured.survival), lead, tuple(measured.continued), measured.second)
 
     def rates(self, width: int) -> list[float]:
         """Of each draft of a branch of so many positions, the chance that it is right if those before it are."""

@@ -194,7 +194,7 @@ class Decoder:
         return Session(self.model, self.rule, self.head, policy, num_slots, self.layers)
 
     def _policy(self, budget: Budget) -> Policy:
-        profile = Profile(self.model.survival, self.model.ptp_config.lead, self.model.continued, self.model.second)
+        profile = Profile.of(self.model, self.model.ptp_config.lead)
         if budget != "auto":
             return FixedBudget(profile, budget)
         if not profile.survival:

@@ -20,6 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MOST_PENDING = 2
+"""Verified tokens that a call behind the prompt reads, at most: a bonus token, and a second candidate before it."""
+
 
 @dataclass(frozen=True)
 class RowLayout:
@@ -88,9 +91,10 @@ class CallLayout:
 def call_layout(rows: Sequence[RowLayout], shape: CallShape, shift: int, device: torch.device) -> CallLayout:
     """The layouts of several texts as one. shift: see `PTPConfig.shift`."""
     num_branches = 1 + max(row.num_drafts for row in rows)
-    # Layouts behind one or two pending tokens come back again and again; those of prompts are large and do not.
+    # Layouts behind a prompt come back again and again; those of prompts are large and do not.
     parts = [
-        (_kept_layout if row.num_pending <= 2 else row_layout)(row, shape, num_branches, shift, device) for row in rows
+        (_kept_layout if row.num_pending <= MOST_PENDING else row_layout)(row, shape, num_branches, shift, device)
+        for row in rows
     ]
     if len(parts) == 1:
         return parts[0]

@@ -22,7 +22,7 @@ from ptp.cache import SlotCache
 from ptp.decoding.allocation import allocate
 from ptp.decoding.budget import Policy
 from ptp.decoding.drafting import Drafter
-from ptp.decoding.layout import CallLayout, CallShape, RowLayout, call_layout, call_mask, key_positions
+from ptp.decoding.layout import MOST_PENDING, CallLayout, CallShape, RowLayout, call_layout, call_mask, key_positions
 from ptp.decoding.requests import Request
 from ptp.decoding.verification import Logprobs, Verified, by_rule, logprobs, sampled, verify
 from ptp.errors import DecodingError
@@ -33,9 +33,6 @@ from ptp.sampling import LogitsOf, SamplingRule, pick, warp
 
 PREFILL_CHUNK = 512
 """Prompt tokens run ahead of the first call at a time, so that its mask stays small."""
-
-MOST_PENDING = 2
-"""Verified tokens that a call behind the prompt reads, at most: a bonus token, and a second candidate before it."""
 
 ONE_READING = 64
 """Positions of a call up to which the output head makes logits of all of them: it is read once then, and reading it
@@ -401,14 +398,15 @@ class Session:
                 # What is right is the drafts up to the wrong one, its second candidate and what stands behind that.
                 right = true_tokens[: 1 + _common(true_tokens, drafts)]
                 true_tokens, drafts = [*right, int(told[2][0])], right
-                logits = torch.cat([logits[: len(right)], settled.logits_behind[row]])
+                if text.request.num_logprobs is not None:
+                    logits = torch.cat([logits[: len(right)], settled.logits_behind[row]])
             verified = settled.verified[row] if processed else verify(true_tokens, drafts, text.tokens, text.request)
             width = 0 if goes_on else max(0, own.widths[verified.num_accepted] - self.model.ptp_config.lead)
             candidates = self.model.ptp_config.num_candidates
             tokens, chances = [int(token) for token in told[3]], told[4]
             # What has no chance is no draft, nor is anything behind it.
             confidences = list(takewhile(bool, chances[::candidates][: max(width, reach[row])]))
-            seconds = list(zip(tokens[1::2], chances[1::2], strict=True)) if candidates > 1 else []
+            seconds = list(zip(tokens[1::candidates], chances[1::candidates], strict=True)) if candidates > 1 else []
             outcomes.append(
                 Outcome(
                     verified,

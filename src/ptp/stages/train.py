@@ -83,8 +83,7 @@ class TrainingResult:
     @property
     def profile(self) -> Profile:
         """What decoding may expect of the adapter."""
-        lead = PTPConfig(**self.config["model"]).lead
-        return Profile(tuple(self.survival), lead, tuple(self.continued), self.second)
+        return Profile.of(self, PTPConfig(**self.config["model"]).lead)
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def train(
         callbacks,
         validation=data.validation,
         tokens_per_call=lambda found: simulated_tokens_per_call(
-            Profile(found.survival, experiment.config.model.lead, found.continued, found.second), settings.budget
+            Profile.of(found, experiment.config.model.lead), settings.budget
         ),
     )
     write_events_to(experiment.events, trainer)
