@@ -114,7 +114,21 @@ class SlotLayer(CacheLayerMixin):
             states.new_zeros((self.num_slots, states.shape[1], self.capacity, states.shape[3]))
             for states in (key_states, value_states)
         )
+        self._stay()
         self.is_initialized = True
+
+    def _stay(self) -> None:
+        """Tell the compiler that the buffers keep their place: a CUDA graph writes only to what it knows to stay."""
+        for buffer in (self.keys, self.values):
+            torch._dynamo.mark_static_address(buffer, guard=False)
+
+    def reserve(self, capacity: int) -> None:
+        """See `SlotCache.reserve`."""
+        extra = capacity - self.capacity
+        self.capacity = max(capacity, self.capacity)
+        if self.is_initialized and extra > 0:
+            self.keys, self.values = (nn.functional.pad(t, (0, 0, 0, extra)) for t in (self.keys, self.values))
+            self._stay()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -152,9 +166,18 @@ class SlotCache(Cache):
         super().__init__(layers=[SlotLayer(num_slots, capacity) for _ in range(num_layers)])
 
     @property
+    def num_slots(self) -> int:
+        return self.layers[0].num_slots
+
+    @property
     def capacity(self) -> int:
         """Positions that a slot has room for."""
         return self.layers[0].capacity
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether there are buffers: they are made of the first keys that come."""
+        return self.layers[0].is_initialized
 
     def append_at(
         self, lengths: Tensor | None, longest: int, num_positions: int = 1, slot: int = 0, width: int | None = None
@@ -192,10 +215,7 @@ class SlotCache(Cache):
     def reserve(self, capacity: int) -> None:
         """Room for rows of so many positions; what is there stays."""
         for layer in self.layers:
-            extra = capacity - layer.capacity
-            layer.capacity = max(capacity, layer.capacity)
-            if layer.is_initialized and extra > 0:
-                layer.keys, layer.values = (nn.functional.pad(t, (0, 0, 0, extra)) for t in (layer.keys, layer.values))
+            layer.reserve(capacity)
 
 
 class PassCache(Cache):

@@ -1,28 +1,58 @@
 """Compiled calls: the same text, and nothing compiled again after the first calls."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
 from ptp.config import PTPConfig
 from ptp.decoding import decoder as decoder_module
+from ptp.decoding.call import Functions, draft, settle
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import make_request
 from ptp.decoding.session import Session
+from ptp.model.gated_lora import lora_layers
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
 
 RULE = SamplingRule(temperature=0.8)
 
 
-def traced(base_model: PreTrainedModel) -> Callable[..., Any]:
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    """What is compiled of a function counts for all models of a process together."""
+    torch.compiler.reset()
+
+
+class Inspected:
+    """A compiler that runs what it is given as it is, and notes of each graph's inputs which keep their place."""
+
+    def __init__(self) -> None:
+        self.inputs: list[list[tuple[str, Tensor, bool]]] = []
+
+    def __call__(self, graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        nodes = graph.graph.find_nodes(op="placeholder")
+        self.inputs.append(
+            [
+                (node.name, value, "_dynamo_static_input_type" in node.meta.get("tensor_dict", {}))
+                for node, value in zip(nodes, inputs, strict=True)
+                if isinstance(value, Tensor)
+            ]
+        )
+        return graph.forward
+
+
+def traced(model: PTPModel, backend: Any = "eager") -> Functions:
     """Calls traced as for the compiler, with the same guards on when to trace anew, but run as they are."""
-    return torch.compile(base_model.get_decoder(), dynamic=False, backend="eager")
+    compiled = partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
+    return Functions(compiled(model.base_model.get_decoder()), compiled(settle), compiled(draft))
 
 
 def write(session: Session, base: PreTrainedModel, prompt: list[int], num_tokens: int, seed: int) -> None:
@@ -51,7 +81,7 @@ def check(base: PreTrainedModel, random_adapter: Callable, variant: str, num_slo
 def test_no_call_is_traced_again_whatever_the_texts(
     monkeypatch: pytest.MonkeyPatch, tiny_llama: Callable, random_adapter: Callable, variant: str, num_slots: int
 ) -> None:
-    monkeypatch.setattr(decoder_module, "compiled_layers", traced)
+    monkeypatch.setattr(decoder_module, "compiled_functions", traced)
     check(tiny_llama(20), random_adapter, variant, num_slots)
 
 
@@ -59,7 +89,7 @@ def test_a_free_slot_stands_at_no_position_that_the_model_lacks(
     monkeypatch: pytest.MonkeyPatch, tiny_gpt2: Callable, random_adapter: Callable
 ) -> None:
     """Learned positions end with the context, and a cache in multiples of some size goes on."""
-    monkeypatch.setattr(decoder_module, "compiled_layers", traced)
+    monkeypatch.setattr(decoder_module, "compiled_functions", traced)
     base = tiny_gpt2(20, context=64)
     model = random_adapter(PTPModel(deepcopy(base), PTPConfig(window=5)), std=0.3)
     session = Decoder(model, RULE, budget=8, compile=True).session(3)
@@ -72,7 +102,7 @@ def test_a_free_slot_stands_at_no_position_that_the_model_lacks(
 def test_compiled_calls_draft_the_same(
     monkeypatch: pytest.MonkeyPatch, tiny_llama: Callable, random_adapter: Callable, variant: str
 ) -> None:
-    monkeypatch.setattr(decoder_module, "compiled_layers", traced)
+    monkeypatch.setattr(decoder_module, "compiled_functions", traced)
     # Few tokens: drafts are often right by chance.
     model = random_adapter(PTPModel(tiny_llama(6), PTPConfig(variant=variant, window=5)), std=0.1)
     plain, compiled = (
@@ -80,6 +110,32 @@ def test_compiled_calls_draft_the_same(
     )
     assert compiled.steps == plain.steps
     assert plain.num_accepted_tokens > 3
+
+
+def test_texts_one_after_the_other_write_to_one_cache_that_a_graph_may_be_bound_to(
+    monkeypatch: pytest.MonkeyPatch, tiny_llama: Callable, random_adapter: Callable
+) -> None:
+    """A CUDA graph is given up if it writes to what may move, and copies its other inputs before each call."""
+    compiler = Inspected()
+    monkeypatch.setattr(decoder_module, "compiled_functions", partial(traced, backend=compiler))
+    model = random_adapter(PTPModel(tiny_llama(20), PTPConfig(window=5)), std=0.3)
+    decoder = Decoder(model, RULE, budget=8, compile=True)
+    decoder.generate([1, 2, 3], 20, end_token_ids=[])
+    buffers = [buffer.data_ptr() for layer in decoder.caches[1].layers for buffer in (layer.keys, layer.values)]
+    weights = {tensor.data_ptr() for tensor in model.state_dict().values()} | {
+        tensor.data_ptr()
+        for layer in lora_layers(model.base_model).values()
+        for tensor in vars(layer.joined).values()
+        if tensor is not None
+    }
+    with torch.compiler.set_stance("fail_on_recompile"):
+        decoder.generate([4, 5], 30, end_token_ids=[])
+    assert buffers == [buffer.data_ptr() for layer in decoder.caches[1].layers for buffer in (layer.keys, layer.values)]
+    stays = {*buffers, *weights}
+    found = [given for graph in compiler.inputs for given in graph]
+    assert stays & {value.data_ptr() for _, value, _ in found} > set(buffers)
+    moves = [name for name, value, is_static in found if value.data_ptr() in stays and not is_static]
+    assert not moves
 
 
 @pytest.mark.slow

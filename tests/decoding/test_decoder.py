@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 
 from ptp.calibration import Calibration
 from ptp.config import PTPConfig
+from ptp.decoding.call import Outcome, Text
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.drafting import Drafter
 from ptp.decoding.layout import RowLayout
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import make_request
-from ptp.decoding.session import Outcome, Session, Text
+from ptp.decoding.session import Session
 from ptp.errors import DecodingError
 from ptp.model.proposal import propose, tokens_before
 from ptp.model.ptp_model import PTPModel

@@ -4,16 +4,18 @@ import random
 from collections.abc import Callable
 from copy import deepcopy
 from operator import itemgetter
+from typing import Any
 
 import pytest
 import torch
 from transformers import LogitsProcessor, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 
 from ptp.config import PTPConfig
+from ptp.decoding.call import Text
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import Request, make_request
-from ptp.decoding.session import PREFILL_CHUNK, Session, Text
+from ptp.decoding.session import PREFILL_CHUNK, Session
 from ptp.decoding.verification import Logprobs
 from ptp.errors import DecodingError
 from ptp.model.ptp_model import PTPModel
@@ -118,11 +120,14 @@ def test_a_full_session_turns_another_text_away_and_keeps_those_it_has(decoder: 
 class Counting(Session):
     """Counts the prompt tokens that are computed."""
 
-    computed = 0
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.computed, self.prefill = 0, self.call.prefill
+        self.call.prefill = self.counted
 
-    def _prefill(self, text: Text, slot: int, num_tokens: int) -> None:
+    def counted(self, text: Text, slot: int, num_tokens: int) -> None:
         self.computed += num_tokens
-        super()._prefill(text, slot, num_tokens)
+        self.prefill(text, slot, num_tokens)
 
 
 def chat(decoder: Decoder, num_slots: int = 2) -> Counting:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Generator
-from itertools import takewhile
-from operator import eq
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -24,6 +22,7 @@ from ptp.chat.settings import Settings
 from ptp.data.chats import Message
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.session import Step
+from ptp.decoding.verification import num_common
 from ptp.errors import ConfigError, DataError, DecodingError
 from ptp.evaluation.colour import Piece
 from ptp.files import write_atomically
@@ -87,7 +86,7 @@ class Chat:
         # A completion goes on from its prompt, an answer begins anew: with or without a space.
         stream = TextStream(self.tokenizer.backend_tokenizer, () if self.templated else ids)
         steps, seconds, shown = list[Step](), list[float](), list[Piece]()
-        num_reused = sum(takewhile(bool, map(eq, self.session.kept[0], ids[:-1])))
+        num_reused = num_common(self.session.kept[0], ids[:-1])
         try:
             begun = time.perf_counter()
             entered = self.session.enter(request)

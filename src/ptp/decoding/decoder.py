@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, StoppingCriteria
+from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation import BaseStreamer
 
+from ptp.cache import SlotCache
 from ptp.decoding.allocation import Profile
 from ptp.decoding.budget import FixedBudget, Latency, MeasuredBudget, Policy
+from ptp.decoding.call import Functions, Text, compiled_functions
 from ptp.decoding.latency import CALLS, CONTEXT, kept_latency, measure_latency
 from ptp.decoding.requests import Request, make_request
-from ptp.decoding.session import Session, Step, Text
+from ptp.decoding.session import Session, Step
 from ptp.errors import ConfigError
 from ptp.layer_kinds import context_length
 from ptp.model.gated_lora import lora_layers
-from ptp.model.head import layers_of, output_head
+from ptp.model.head import output_head
 from ptp.model.ptp_model import PTPModel, check_decodable
 from ptp.sampling import SamplingRule
 
@@ -96,7 +98,8 @@ class Decoder:
             layer.join()
         self.head = output_head(model.base_model)
         self.rule = rule or model.rule or SamplingRule()
-        self.layers = compiled_layers(model.base_model) if compile else None
+        self.functions = compiled_functions(model) if compile else Functions()
+        self.caches: dict[int, SlotCache] = {}
         self.policy = self._policy(budget)
         if model.rule is not None and self.rule != model.rule:
             logger.warning(
@@ -185,13 +188,17 @@ class Decoder:
                 upcoming = next(waiting, None)
             for text, step in session.step():
                 yield numbers[text], step
+        if self.functions.are_compiled:
+            # A CUDA graph is bound to the cache it was captured with.
+            self.caches[batch_size] = session.cache
 
     def session(self, num_slots: int = 1) -> Session:
         """Places for requests to come and go in, such as the turns of a chat or what clients of a server ask."""
         return self._session(self.policy, num_slots)
 
     def _session(self, policy: Policy, num_slots: int) -> Session:
-        return Session(self.model, self.rule, self.head, policy, num_slots, self.layers)
+        cache = self.caches.pop(num_slots, None)
+        return Session(self.model, self.rule, self.head, policy, num_slots, self.functions, cache)
 
     def _policy(self, budget: Budget) -> Policy:
         profile = Profile.of(self.model, self.model.ptp_config.lead)
@@ -211,10 +218,4 @@ class Decoder:
             ]
             return measure_latency(self._session, requests, profile)
 
-        return MeasuredBudget(profile, kept_latency(self.model, self.layers is not None, measure), MOST_POSITIONS)
-
-
-def compiled_layers(base_model: PreTrainedModel) -> Callable[..., Any]:
-    """The model's layers, compiled for each shape it is called with; on a GPU each is captured as a CUDA graph."""
-    mode = "reduce-overhead" if base_model.device.type == "cuda" else "default"
-    return torch.compile(layers_of(base_model), dynamic=False, mode=mode)
+        return MeasuredBudget(profile, kept_latency(self.model, self.functions.are_compiled, measure), MOST_POSITIONS)

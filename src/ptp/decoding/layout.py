@@ -88,9 +88,11 @@ class CallLayout:
     num_drafts: Tensor
 
 
-def call_layout(rows: Sequence[RowLayout], shape: CallShape, shift: int, device: torch.device) -> CallLayout:
-    """The layouts of several texts as one. shift: see `PTPConfig.shift`."""
-    num_branches = 1 + max(row.num_drafts for row in rows)
+def call_layout(
+    rows: Sequence[RowLayout], shape: CallShape, shift: int, device: torch.device, num_branches: int | None = None
+) -> CallLayout:
+    """The layouts of several texts as one. shift: see `PTPConfig.shift`. num_branches: by default, those there are."""
+    num_branches = num_branches or 1 + max(row.num_drafts for row in rows)
     # Layouts behind a prompt come back again and again; those of prompts are large and do not.
     parts = [
         (_kept_layout if row.num_pending <= MOST_PENDING else row_layout)(row, shape, num_branches, shift, device)

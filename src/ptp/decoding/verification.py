@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from operator import eq
 from typing import cast
 
 import torch
@@ -120,3 +122,8 @@ def verify(true_tokens: Iterable[int], drafts: Sequence[int], text: Sequence[int
         if token != draft or finish_reason is not None:
             break
     return Verified(tokens[len(text) :], num_accepted, finish_reason)
+
+
+def num_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two texts have in common from their beginning on."""
+    return sum(takewhile(bool, map(eq, first, second)))

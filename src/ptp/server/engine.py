@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
+from ptp.decoding.call import Text
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.requests import Request
-from ptp.decoding.session import Step, Text
+from ptp.decoding.session import Step
 from ptp.decoding.verification import Logprobs
 from ptp.evaluation.colour import Piece
 from ptp.server.metrics import Metrics
