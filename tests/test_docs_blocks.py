@@ -301,7 +301,7 @@ def place(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plac
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tutorial", "data", "sizing", "faq"])
+@pytest.mark.parametrize("name", ["tutorial", "data", "sizing", "train", "generate", "faq"])
 def test_a_page_s_commands_run_as_they_stand(place: Place, name: str) -> None:
     place.run(ROOT / "docs" / f"{name}.md")
     if name == "tutorial":
