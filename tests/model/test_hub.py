@@ -284,6 +284,17 @@ def test_of_runs_under_the_same_conditions_the_last_counts(experiment: Path) -> 
     assert found == [(8, "3"), (24, "2")]
 
 
+def test_what_was_counted_and_then_timed_is_shown_once(experiment: Path) -> None:
+    adapter = experiment / "adapter"
+    (adapter / "measurement.json").write_text(json.dumps(MEASUREMENT))
+    rule = SamplingRule(temperature=0.7, top_p=0.95).model_dump(mode="json")
+    timed = bench_line(adapter, date="1", budget=12, prompts=None, sampling=rule)
+    write_lines(experiment, timed, timed | {"budget": 8})
+    assert [(run.budget, run.conditions["measured"]) for run in measured_runs(adapter)] == [(12, "1"), (8, "1")]
+    write_lines(experiment, timed | {"prompts": "question.jsonl"})
+    assert [run.prompts for run in measured_runs(adapter)] == ["held-out prompts", "question.jsonl"]
+
+
 def test_a_card_names_a_dataset_of_the_hub_and_no_local_one(experiment: Path, tmp_path: Path) -> None:
     (experiment / "runs").mkdir()
     for path, expected in [("someone/prompts", ["someone/prompts"]), ("/home/someone/prompts.jsonl", None)]:

@@ -109,16 +109,21 @@ def _dataset(adapter: Path) -> str | None:
 
 
 def measured_runs(adapter: Path) -> list[Run]:
-    """What was measured of the weights that the adapter has now; of runs under the same conditions, the last."""
+    """What was measured of the weights that the adapter has now; of runs under the same conditions, the last.
+
+    What training counted on the held-out prompts is left out where they were timed too.
+    """
     rule = read_settings(adapter).rule or SamplingRule()
-    runs = [_held_out(found, rule)] if (found := _read_json(adapter / "measurement.json")) else []
     lines, weights, last = adapter.parent / "bench.jsonl", weights_hash(adapter), dict[str, Run]()
     for line in lines.read_text(encoding="utf-8").splitlines() if lines.is_file() else ():
         bench = json.loads(line)
         if bench.get("adapter") == weights:
             same = [bench[name] for name in ("prompts", "sampling", "budget", "dtype", "max_new_tokens")]
             last[json.dumps(same)] = _bench(bench)
-    return runs + list(last.values())
+    timed = list(last.values())
+    counted = [_held_out(found, rule)] if (found := _read_json(adapter / "measurement.json")) else []
+    known = [(run.prompts, run.rule, run.budget) for run in timed]
+    return [run for run in counted if (run.prompts, run.rule, run.budget) not in known] + timed
 
 
 def _held_out(found: Mapping[str, Any], rule: SamplingRule) -> Run:
