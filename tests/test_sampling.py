@@ -131,6 +131,32 @@ def test_warp_is_what_transformers_samples_from(case: tuple[Tensor, SamplingRule
 
 
 @given(logits_and_rule())
+def test_tokens_too_unlikely_for_top_p_need_not_be_sorted(case: tuple[Tensor, SamplingRule]) -> None:
+    values, rule = case
+    with mock.patch("ptp.sampling.FEW", 0):
+        found = warp(values, rule)
+    torch.testing.assert_close(found.dense(values.shape[1]), as_transformers_warps(values, rule))
+    assert (found.upper[..., -1] == 1).all()
+
+
+def test_of_many_tokens_top_p_sorts_few() -> None:
+    values = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)) * 4
+    rule = SamplingRule(temperature=0.7, top_p=0.9)
+    found = warp(values, rule)
+    assert found.token_ids.shape[1] < 2500
+    torch.testing.assert_close(found.dense(5000), as_transformers_warps(values, rule))
+
+
+@given(logits_and_rule())
+def test_a_rule_that_is_compiled_gives_the_same(case: tuple[Tensor, SamplingRule]) -> None:
+    """Compiled, no value is looked at to leave work out."""
+    values, rule = case
+    with mock.patch("torch.compiler.is_compiling", return_value=True):
+        found = warp(values, rule)
+    torch.testing.assert_close(found.dense(values.shape[1]), warp(values, rule).dense(values.shape[1]))
+
+
+@given(logits_and_rule())
 def test_a_distribution_sums_to_one_and_its_last_edge_is_exactly_one(case: tuple[Tensor, SamplingRule]) -> None:
     values, rule = case
     distribution = warp(values, rule)

@@ -135,14 +135,9 @@ def warp(logits: Tensor, rule: SamplingRule) -> Distribution:
         ones = torch.ones_like(token_ids, dtype=torch.float32)
         return Distribution(token_ids, ones, ones)
     scores = scores / rule.temperature
-    scores, token_ids = _candidates(scores, rule)
+    scores, token_ids = _likeliest(scores, rule.top_k)
     if rule.top_p < 1:
-        # transformers sums from the least likely end and keeps its order of ties; so does this.
-        ascending, index = scores.sort(dim=-1, stable=True)
-        weights = _weights(ascending)
-        drop = (weights / weights.cumsum(-1)[..., -1:]).cumsum(-1) <= 1 - rule.top_p
-        drop[..., -1] = False
-        scores = scores.masked_fill(torch.zeros_like(drop).scatter(-1, index, drop), -torch.inf)
+        scores, token_ids = _of_mass(scores, token_ids, rule.top_p)
     weights = _weights(scores)
     if rule.min_p > 0:
         # The likeliest token weighs 1.
@@ -188,6 +183,9 @@ def probability(distribution: Distribution, tokens: Tensor) -> Tensor:
 
 INTERVAL_ROWS = 1024
 """Rows of logits warped at a time, which bounds the memory of `row_intervals`."""
+
+FEW = 2048
+"""Tokens that are sorted faster than the unlikely ones among them are left out."""
 
 LogitsOf = Callable[[Tensor], Tensor]
 """Hidden states (..., H) → logits (..., V)."""
@@ -272,22 +270,53 @@ def _weights(scores: Tensor) -> Tensor:
     return (scores - scores.amax(-1, keepdim=True)).exp()
 
 
-def _candidates(scores: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
+def _likeliest(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Scores and ids of the tokens top-k leaves, padded with −inf, ids ascending so that ties sort as over V."""
     vocab_size = scores.shape[-1]
-    if not 0 < rule.top_k < vocab_size:
-        return scores, torch.arange(vocab_size, device=scores.device).expand_as(scores)
+    all_ids = torch.arange(vocab_size, device=scores.device).expand_as(scores)
+    if not 0 < top_k < vocab_size:
+        return scores, all_ids
+    if torch.compiler.is_compiling():
+        # How many are tied cannot be looked at.
+        threshold = scores.topk(top_k).values[..., -1:]
+        return scores.masked_fill(scores < threshold, -torch.inf), all_ids
     # One more than k shows whether a tie reaches beyond the k-th; only then are ties counted over all of V.
-    best, token_ids = scores.topk(rule.top_k + 1)
+    best, token_ids = scores.topk(top_k + 1)
     threshold = best[..., -2:-1]
     if (best[..., -1:] == threshold).any():
         size = int((scores >= threshold).sum(-1).max())
         best, token_ids = scores.topk(size)
     else:
         best, token_ids = best[..., :-1], token_ids[..., :-1]
-    token_ids, by_id = token_ids.sort(-1)
-    best = best.gather(-1, by_id)
+    best, token_ids = _by_id(best, token_ids)
     return best.masked_fill(best < threshold, -torch.inf), token_ids
+
+
+def _of_mass(scores: Tensor, token_ids: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Scores and ids of the tokens top-p leaves, padded with −inf, ids ascending.
+
+    Like transformers, it sums from the least likely end and keeps the order of ties. Tokens so unlikely that all of
+    them together are less than what is cut off need not be sorted for that.
+    """
+    weights = _weights(scores)
+    shares = weights / weights.cumsum(-1)[..., -1:]
+    below: Tensor | float = 0.0
+    if scores.shape[-1] > FEW and not torch.compiler.is_compiling():
+        unlikely = shares < 0.5 * (1 - top_p) / scores.shape[-1]
+        below = shares.masked_fill(~unlikely, 0).cumsum(-1)[..., -1:]
+        size = int((~unlikely).sum(-1).max())
+        scores, places = _by_id(*scores.masked_fill(unlikely, -torch.inf).topk(size))
+        shares = shares.masked_fill(unlikely, 0).gather(-1, places)
+        token_ids = token_ids.gather(-1, places)
+    ascending = scores.argsort(dim=-1, stable=True)
+    drop = below + shares.gather(-1, ascending).cumsum(-1) <= 1 - top_p
+    drop[..., -1] = False
+    return scores.masked_fill(torch.zeros_like(drop).scatter(-1, ascending, drop), -torch.inf), token_ids
+
+
+def _by_id(scores: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    token_ids, by_id = token_ids.sort(-1)
+    return scores.gather(-1, by_id), token_ids
 
 
 def _in_order(weights: Tensor, token_ids: Tensor, order: Order) -> tuple[Tensor, Tensor]:

@@ -99,17 +99,18 @@ def test_a_free_slot_stands_at_no_position_that_the_model_lacks(
 
 
 @pytest.mark.parametrize("variant", ["categorical", "one_hot"])
+@pytest.mark.parametrize("rule", [RULE, SamplingRule(temperature=0.8, top_k=4, top_p=0.9), SamplingRule(temperature=0)])
 def test_compiled_calls_draft_the_same(
-    monkeypatch: pytest.MonkeyPatch, tiny_llama: Callable, random_adapter: Callable, variant: str
+    monkeypatch: pytest.MonkeyPatch, tiny_llama: Callable, random_adapter: Callable, variant: str, rule: SamplingRule
 ) -> None:
     monkeypatch.setattr(decoder_module, "compiled_functions", traced)
     # Few tokens: drafts are often right by chance.
     model = random_adapter(PTPModel(tiny_llama(6), PTPConfig(variant=variant, window=5)), std=0.1)
     plain, compiled = (
-        Decoder(model, RULE, budget=8, compile=each).generate([1, 2, 3], 60, end_token_ids=[]) for each in (False, True)
+        Decoder(model, rule, budget=8, compile=each).generate([1, 2, 3], 60, end_token_ids=[]) for each in (False, True)
     )
     assert compiled.steps == plain.steps
-    assert plain.num_accepted_tokens > 3
+    assert plain.num_accepted_tokens > 2
 
 
 def test_texts_one_after_the_other_write_to_one_cache_that_a_graph_may_be_bound_to(
