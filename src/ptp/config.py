@@ -236,17 +236,17 @@ class TrainConfig(Record):
 
     objective: whose intervals u lies in: the "teacher"'s, so that windows learn to say what it would; or the model's
     own, which is "inverse_autoregressive" training without a teacher (categorical only; METHOD §3). max_steps:
-    optimiser steps; num_epochs: passes over the data in their place. batch_size: packed sequences per step and
-    process, gradient_accumulation_steps times. sequence_length: tokens of one. windows_per_sequence: N. dtype: of the
-    base model's weights; where all weights train they are float32, and computed with in dtype. beta: concentration of
-    u's place in its interval (METHOD §3). distillation: share of the KL to the teacher's distribution in what windows
-    learn theirs from, that of the text's own tokens being the rest (categorical only; null: see `kl_share`).
-    position_decay: γ, weight γ^k of window index k.
+    optimiser steps; num_epochs: passes over the data in their place. batch_size: packed sequences per step and process,
+    gradient_accumulation_steps times. sequence_length: tokens of one. windows_per_sequence: N. optimizer: "muon" or
+    "adamw" (see `ptp.training.optimizers.make_optimizer`). dtype: of the base model's weights; where all weights train
+    they are float32, and computed with in dtype. beta: concentration of u's place in its interval (METHOD §3).
+    distillation: share of the KL to the teacher's distribution in what windows learn theirs from, that of the text's
+    own tokens being the rest (categorical only; null: see `kl_share`). position_decay: γ, weight γ^k of window index k.
     gradient_checkpointing: keep less for the backward pass and compute it again there, for less memory and more time.
     save_every: steps between checkpoints, each evaluated on held-out windows; save_minutes: minutes between further
-    ones. log_every: steps between rows of metrics. budget: positions of a decoding call that τ is simulated for.
-    fsdp: the base model's weights are shared out between the processes of several GPUs. report_to: trackers, as
-    transformers names them.
+    ones. log_every: steps between rows of metrics. budget: positions of a decoding call that τ is simulated for. fsdp:
+    the base model's weights are shared out between the processes of several GPUs. report_to: trackers, as transformers
+    names them.
     """
 
     objective: Literal["teacher", "inverse_autoregressive"] = "teacher"
@@ -256,8 +256,8 @@ class TrainConfig(Record):
     gradient_accumulation_steps: int = Field(1, ge=1)
     sequence_length: int = Field(1024, ge=8)
     windows_per_sequence: int = Field(64, ge=1)
-    learning_rate: float = Field(1e-4, gt=0)
-    optimizer: str = "adamw"
+    learning_rate: float = Field(3e-3, gt=0)
+    optimizer: str = "muon"
     warmup_steps: int = Field(50, ge=0)
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     beta: float = Field(0.3, gt=0)

@@ -64,7 +64,10 @@ class ExperimentConfig(Record):
                 "needs them whole: set train.fsdp to false"
             )
         if self.train.fsdp and self.train.optimizer != "adamw":
-            raise ValueError(f"train.fsdp needs train.optimizer adamw; got {self.train.optimizer}")
+            raise ValueError(
+                f"train.fsdp needs an optimizer that steps on parts of matrices; got {self.train.optimizer}: set "
+                "train.optimizer=adamw train.learning_rate=1e-3"
+            )
         return self
 
     @model_validator(mode="after")

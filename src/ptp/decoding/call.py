@@ -134,6 +134,59 @@ class Settled:
     logits: Tensor
     logits_behind: Tensor | None = None
 
+    def logits_of(self, row: int, goes_on: bool) -> Tensor:
+        """Logits (R, V) that chose a text's tokens. goes_on: the last of them stands behind a second candidate."""
+        if not goes_on:
+            return self.logits[row]
+        assert self.logits_behind is not None
+        return torch.cat([self.logits[row, : 1 + int(self.num_accepted[row])], self.logits_behind[row]])
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the host is told of a text, once a call.
+
+    true_tokens: R of them. bonus: the last token settled. goes_on: whether that stands behind a second candidate.
+    tokens, chances: for each place to draft, those of its C candidates.
+    """
+
+    true_tokens: list[int]
+    bonus: int
+    goes_on: bool
+    tokens: list[list[int]]
+    chances: list[list[float]]
+
+    @classmethod
+    def of(cls, settled: Settled, tokens: Tensor, chances: Tensor) -> list[Told]:
+        """Of B texts, and of further rows that are none. tokens, chances: (B, n, C)."""
+        # One copy to the host: float64 holds token ids exactly.
+        parts = [settled.true_tokens, settled.bonus, settled.second, tokens.flatten(1), chances.flatten(1)]
+        values = torch.cat([part.double() for part in parts], dim=1).cpu()
+        true_tokens, bonus, second, drafts, likely = values.split([part.shape[1] for part in parts], dim=1)
+        fields = (
+            true_tokens.long().tolist(),
+            bonus[:, 0].long().tolist(),
+            (second[:, 0] >= 0).tolist(),
+            drafts.long().view(tokens.shape).tolist(),
+            likely.view(tokens.shape).tolist(),
+        )
+        return [cls(*row) for row in zip(*fields, strict=True)]
+
+    def verified(self, text: Text) -> Verified:
+        """What of it the text takes."""
+        if not self.goes_on:
+            return verify(self.true_tokens, text.drafts, text.tokens, text.request)
+        # What is right is the drafts up to the wrong one, its second candidate and what stands behind that.
+        right = self.true_tokens[: 1 + num_common(self.true_tokens, text.drafts)]
+        return verify([*right, self.bonus], right, text.tokens, text.request)
+
+    def drafts(self, most: int) -> tuple[list[int], list[float], list[tuple[int, float]]]:
+        """The next drafts, their confidences and second candidates. What has no chance is none, nor what follows it."""
+        confidences = list(takewhile(bool, (chances[0] for chances in self.chances[:most])))
+        places = list(zip(self.tokens, self.chances, strict=True))[: len(confidences)]
+        seconds = [(tokens[1], chances[1]) for tokens, chances in places if len(tokens) > 1]
+        return [tokens[0] for tokens, _ in places], confidences, seconds
+
 
 def settle(reading: Reading, head: LogitsOf, rules: Sequence[SamplingRule], seconds: bool) -> Settled:
     """Drafts count up to the first that is not what the base model writes with that u.
@@ -245,8 +298,8 @@ class Caller:
         if processed:
             verified, settled = self._settled_by_host(texts, reading)
         else:
-            seconds = self.model.ptp_config.num_candidates > 1 if compiled else any(row.seconds for row in layouts)
-            settled = functions.settle(reading, self.head, rules, seconds)
+            may_have = self.model.ptp_config.num_candidates > 1 if compiled else any(row.seconds for row in layouts)
+            settled = functions.settle(reading, self.head, rules, may_have)
         if compiled:
             # One size: what a text does not want is not drafted from.
             num_states = self.model.ptp_config.window if any(row.num_window for row in layouts) or any(reach) else 0
@@ -255,38 +308,24 @@ class Caller:
             num_states = max(int(reading.layout.widths.gather(1, settled.num_accepted).max()), *reach)
         else:
             num_states = max(*(max(row.widths) for row in layouts), *reach)
-        drafted = functions.draft(reading, settled, self.model, self.drafter, self.head, rules, num_states)
-        # One copy to the host: float64 holds token ids exactly.
-        parts = [settled.true_tokens, settled.second, settled.bonus, *(part.flatten(1) for part in drafted)]
-        values = torch.cat([part.double() for part in parts], dim=1).split([part.shape[1] for part in parts], dim=1)
+        tokens, chances = functions.draft(reading, settled, self.model, self.drafter, self.head, rules, num_states)
+        told = Told.of(settled, tokens, chances)
+        if not processed:
+            verified = [told[row].verified(text) for row, text in enumerate(texts)]
         outcomes = []
-        rows = zip(*(part.tolist() for part in values), strict=True)
-        for row, (text, own, told) in enumerate(zip(texts, layouts, rows, strict=False)):
-            true_tokens, drafts, goes_on = [int(token) for token in told[0]], text.drafts, told[1][0] >= 0
-            logits = settled.logits[row]
-            if goes_on:
-                assert settled.logits_behind is not None
-                # What is right is the drafts up to the wrong one, its second candidate and what stands behind that.
-                right = true_tokens[: 1 + num_common(true_tokens, drafts)]
-                true_tokens, drafts = [*right, int(told[2][0])], right
-                if text.request.num_logprobs is not None:
-                    logits = torch.cat([logits[: len(right)], settled.logits_behind[row]])
-            found = verified[row] if processed else verify(true_tokens, drafts, text.tokens, text.request)
-            width = 0 if goes_on else max(0, own.widths[found.num_accepted] - self.model.ptp_config.lead)
-            candidates = self.model.ptp_config.num_candidates
-            tokens, chances = [int(token) for token in told[3]], told[4]
-            # What has no chance is no draft, nor is anything behind it.
-            confidences = list(takewhile(bool, chances[::candidates][: max(width, reach[row])]))
-            seconds_found = list(zip(tokens[1::candidates], chances[1::candidates], strict=True))
+        for row, (text, own) in enumerate(zip(texts, layouts, strict=True)):
+            goes_on = told[row].goes_on
+            width = 0 if goes_on else max(0, own.widths[verified[row].num_accepted] - self.model.ptp_config.lead)
+            drafts, confidences, seconds = told[row].drafts(max(width, reach[row]))
             outcomes.append(
                 Outcome(
-                    found,
-                    tokens[::candidates][: len(confidences)],
+                    verified[row],
+                    drafts,
                     confidences,
-                    seconds_found[: len(confidences)] if candidates > 1 else [],
-                    width=min(width, len(confidences)),
+                    seconds,
+                    width=min(width, len(drafts)),
                     num_pending=1 + goes_on,
-                    logprobs=_logprobs(text, logits, found),
+                    logprobs=_logprobs(text, verified[row], partial(settled.logits_of, row, goes_on)),
                 )
             )
         return outcomes
@@ -298,7 +337,7 @@ class Caller:
         hidden = self.model.read(ids, position, None, self.cache)
         logits = self.head(hidden[0])
         verified = self._verified(text, logits, text.u_ahead(1))
-        return Outcome(verified, logprobs=_logprobs(text, logits, verified))
+        return Outcome(verified, logprobs=_logprobs(text, verified, lambda: logits))
 
     def prefill(self, text: Text, slot: int, num_tokens: int) -> None:
         """Cache the next tokens of a prompt."""
@@ -414,7 +453,7 @@ def _last(tokens: Sequence[int], count: int) -> list[int]:
     return [*[UNKNOWN] * (count - len(tokens)), *tokens[max(0, len(tokens) - count) :]]
 
 
-def _logprobs(text: Text, logits: Tensor, verified: Verified) -> list[Logprobs] | None:
-    """What a request asks to be told of the tokens that a call verified, given the logits (R, V) of its rows."""
+def _logprobs(text: Text, verified: Verified, logits: Callable[[], Tensor]) -> list[Logprobs] | None:
+    """What a request asks to be told of the tokens that a call verified. logits: gives those (R, V) that chose them."""
     asked = text.request.num_logprobs
-    return None if asked is None else logprobs(logits, verified.token_ids, asked)
+    return None if asked is None else logprobs(logits(), verified.token_ids, asked)
