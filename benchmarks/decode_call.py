@@ -32,6 +32,7 @@ from ptp.config import PTPConfig
 from ptp.decoding.allocation import Profile
 from ptp.decoding.budget import FixedBudget
 from ptp.decoding.decoder import Decoder
+from ptp.decoding.drafting import Drafter
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import make_request
 from ptp.decoding.session import Session
@@ -119,11 +120,12 @@ def measure(shape: str, dtype: torch.dtype, targets: str | tuple[str, ...], size
     decoder = Decoder(model, RULE)
     prompt = torch.randint(DEMO.vocab_size, (CONTEXT,)).tolist()
     request = make_request(base, prompt, 64, seed=0, end_token_ids=[])
-    read, head = Clocked(model.read), Clocked(decoder.head)
+    read, head = Clocked(model.read), Clocked(decoder.drafter.logits_of)
+    drafter = Drafter(model, head)
     profile = Profile(tuple(0.95**k for k in range(1, model.ptp_config.num_drafts + 1)), model.ptp_config.lead)
     rows = []
     for size in sizes:
-        session = Session(model, RULE, head, FixedBudget(profile, size - 1))
+        session = Session(model, RULE, drafter, FixedBudget(profile, size - 1))
         model.read = read  # type: ignore[method-assign]
 
         def step(session: Session = session, size: int = size) -> float:

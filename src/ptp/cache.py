@@ -11,6 +11,15 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 
+def keep_place(*tensors: Tensor) -> None:
+    """Tell the compiler that tensors stay where they are.
+
+    A CUDA graph writes only to what it knows to stay, and copies all else that it reads before each call.
+    """
+    for tensor in tensors:
+        torch._dynamo.mark_static_address(tensor, guard=False)
+
+
 class RollbackLayer(CacheLayerMixin):
     """Keys and values of one layer in buffers (B, heads, capacity, head_dim); positions [0, length) are valid.
 
@@ -114,13 +123,8 @@ class SlotLayer(CacheLayerMixin):
             states.new_zeros((self.num_slots, states.shape[1], self.capacity, states.shape[3]))
             for states in (key_states, value_states)
         )
-        self._stay()
+        keep_place(self.keys, self.values)
         self.is_initialized = True
-
-    def _stay(self) -> None:
-        """Tell the compiler that the buffers keep their place: a CUDA graph writes only to what it knows to stay."""
-        for buffer in (self.keys, self.values):
-            torch._dynamo.mark_static_address(buffer, guard=False)
 
     def reserve(self, capacity: int) -> None:
         """See `SlotCache.reserve`."""
@@ -128,7 +132,7 @@ class SlotLayer(CacheLayerMixin):
         self.capacity = max(capacity, self.capacity)
         if self.is_initialized and extra > 0:
             self.keys, self.values = (nn.functional.pad(t, (0, 0, 0, extra)) for t in (self.keys, self.values))
-            self._stay()
+            keep_place(self.keys, self.values)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object

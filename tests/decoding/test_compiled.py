@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import FAMILIES
 from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
@@ -49,9 +50,9 @@ class Inspected:
         return graph.forward
 
 
-def traced(model: PTPModel, backend: Any = "eager") -> Functions:
+def traced(model: PTPModel, backend: Any = "eager", fullgraph: bool = True) -> Functions:
     """Calls traced as for the compiler, with the same guards on when to trace anew, but run as they are."""
-    compiled = partial(torch.compile, dynamic=False, fullgraph=True, backend=backend)
+    compiled = partial(torch.compile, dynamic=False, fullgraph=fullgraph, backend=backend)
     return Functions(compiled(model.base_model.get_decoder()), compiled(settle), compiled(draft))
 
 
@@ -132,11 +133,23 @@ def test_texts_one_after_the_other_write_to_one_cache_that_a_graph_may_be_bound_
     with torch.compiler.set_stance("fail_on_recompile"):
         decoder.generate([4, 5], 30, end_token_ids=[])
     assert buffers == [buffer.data_ptr() for layer in decoder.caches[1].layers for buffer in (layer.keys, layer.values)]
+    weights |= {tensor.data_ptr() for tensor in vars(decoder.drafter).values() if isinstance(tensor, Tensor)}
     stays = {*buffers, *weights}
     found = [given for graph in compiler.inputs for given in graph]
     assert stays & {value.data_ptr() for _, value, _ in found} > set(buffers)
     moves = [name for name, value, is_static in found if value.data_ptr() in stays and not is_static]
     assert not moves
+
+
+def test_a_head_that_does_more_than_a_product_runs_between_the_graphs(
+    monkeypatch: pytest.MonkeyPatch, random_adapter: Callable
+) -> None:
+    monkeypatch.setattr(decoder_module, "compiled_functions", partial(traced, fullgraph=False))
+    base = next(family for family in FAMILIES if family.model_type == "gemma2").make()
+    model = random_adapter(PTPModel(deepcopy(base), PTPConfig(window=5)), std=0.3)
+    decoder = Decoder(model, RULE, budget=8, compile=True)
+    request = make_request(base, [1, 2, 3], 20, seed=0, end_token_ids=[])
+    assert decoder.answer(request).token_ids == decode_plainly(base, request, RULE)
 
 
 @pytest.mark.slow

@@ -60,7 +60,7 @@ class OracleDecoder(Decoder):
         self.truth, self.wrong = truth, wrong
 
     def session(self, num_slots: int = 1) -> Session:
-        session = self.kind(self.model, self.rule, self.head, self.policy, num_slots)
+        session = self.kind(self.model, self.rule, self.drafter, self.policy, num_slots)
         session.truth, session.wrong, session.rng = self.truth, self.wrong, random.Random(sum(self.truth))
         return session
 

@@ -131,7 +131,7 @@ class Counting(Session):
 
 
 def chat(decoder: Decoder, num_slots: int = 2) -> Counting:
-    return Counting(decoder.model, decoder.rule, decoder.head, decoder.policy, num_slots)
+    return Counting(decoder.model, decoder.rule, decoder.drafter, decoder.policy, num_slots)
 
 
 def written(session: Session, request: Request) -> list[int]:

@@ -216,9 +216,7 @@ def settle(reading: Reading, head: LogitsOf, rules: Sequence[SamplingRule], seco
 def draft(
     reading: Reading,
     settled: Settled,
-    model: PTPModel,
     drafter: Drafter,
-    head: LogitsOf,
     rules: Sequence[SamplingRule],
     num_states: int,
 ) -> list[Tensor]:
@@ -227,7 +225,8 @@ def draft(
     num_states: drafts of the text that is to have most, with the lead; what lies past a branch's own is continued, or
     else padding. rules: (B,).
     """
-    layout, config, device = reading.layout, model.ptp_config, reading.tokens.device
+    layout, model, device = reading.layout, drafter.model, reading.tokens.device
+    config = model.ptp_config
     if not num_states:
         nothing = settled.bonus.new_zeros(len(rules), 0, config.num_candidates)
         return [nothing, nothing]
@@ -246,7 +245,7 @@ def draft(
         continued = (steps >= layout.widths.gather(1, num_accepted)) | goes_on
         going_on = model.continuation(reading.states_at(anchor).squeeze(1))[:, :num_states]
         states = torch.where(continued.unsqueeze(-1), going_on, states)
-    logits = None if config.chain else reading.logits_at(index, head)
+    logits = None if config.chain else reading.logits_at(index, drafter.logits_of)
     return drafter(rules, states, logits, u, settled.bonus, before, continued)
 
 
@@ -279,11 +278,10 @@ class Caller:
     """
 
     def __init__(
-        self, model: PTPModel, rule: SamplingRule, head: LogitsOf, cache: SlotCache, most: int, functions: Functions
+        self, model: PTPModel, rule: SamplingRule, drafter: Drafter, cache: SlotCache, most: int, functions: Functions
     ) -> None:
-        self.model, self.rule, self.head, self.cache = model, rule, head, cache
-        self.most, self.functions = most, functions
-        self.drafter = Drafter(model, head)
+        self.model, self.rule, self.drafter, self.head = model, rule, drafter, drafter.logits_of
+        self.cache, self.most, self.functions = cache, most, functions
 
     def __call__(self, texts: Sequence[Text], layouts: Sequence[RowLayout], reach: Sequence[int]) -> list[Outcome]:
         """One forward call: what it verifies, and what it drafts, of continued drafts as many as `reach` says."""
@@ -308,7 +306,7 @@ class Caller:
             num_states = max(int(reading.layout.widths.gather(1, settled.num_accepted).max()), *reach)
         else:
             num_states = max(*(max(row.widths) for row in layouts), *reach)
-        tokens, chances = functions.draft(reading, settled, self.model, self.drafter, self.head, rules, num_states)
+        tokens, chances = functions.draft(reading, settled, self.drafter, rules, num_states)
         told = Told.of(settled, tokens, chances)
         if not processed:
             verified = [told[row].verified(text) for row, text in enumerate(texts)]

@@ -16,6 +16,7 @@ from ptp.cache import SlotCache
 from ptp.decoding.allocation import Profile
 from ptp.decoding.budget import FixedBudget, Latency, MeasuredBudget, Policy
 from ptp.decoding.call import Functions, Text, compiled_functions
+from ptp.decoding.drafting import Drafter
 from ptp.decoding.latency import CALLS, CONTEXT, kept_latency, measure_latency
 from ptp.decoding.requests import Request, make_request
 from ptp.decoding.session import Session, Step
@@ -96,7 +97,7 @@ class Decoder:
         self.model = model.eval()
         for layer in lora_layers(model.base_model).values():
             layer.join()
-        self.head = output_head(model.base_model)
+        self.drafter = Drafter(model, output_head(model.base_model))
         self.rule = rule or model.rule or SamplingRule()
         self.functions = compiled_functions(model) if compile else Functions()
         self.caches: dict[int, SlotCache] = {}
@@ -198,7 +199,7 @@ class Decoder:
 
     def _session(self, policy: Policy, num_slots: int) -> Session:
         cache = self.caches.pop(num_slots, None)
-        return Session(self.model, self.rule, self.head, policy, num_slots, self.functions, cache)
+        return Session(self.model, self.rule, self.drafter, policy, num_slots, self.functions, cache)
 
     def _policy(self, budget: Budget) -> Policy:
         profile = Profile.of(self.model, self.model.ptp_config.lead)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ptp.cache import keep_place
 from ptp.decoding.verification import by_rule
 from ptp.model.proposal import positive, propose
 from ptp.model.ptp_model import PTPModel
@@ -29,7 +30,10 @@ LEAST_CHANCE = 0.02
 
 
 class Drafter:
-    """What makes drafts of a model's window states. Weights that change afterwards do not count."""
+    """What makes drafts of a model's window states. Weights that change afterwards do not count.
+
+    logits_of: the model's output head.
+    """
 
     @torch.no_grad()
     def __init__(self, model: PTPModel, logits_of: LogitsOf) -> None:
@@ -47,6 +51,7 @@ class Drafter:
         self.write = chain.write.weight
         if blur is not None:
             self.write = torch.cat([self.write, blur.linear.weight @ self.write])
+        keep_place(self.read, self.write, *([] if self.table is None else [self.table]))
 
     def __call__(
         self,

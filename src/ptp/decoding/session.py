@@ -19,12 +19,13 @@ from ptp.cache import SlotCache
 from ptp.decoding.allocation import allocate
 from ptp.decoding.budget import Policy
 from ptp.decoding.call import Caller, Functions, Outcome, Text
+from ptp.decoding.drafting import Drafter
 from ptp.decoding.layout import MOST_PENDING, CallShape, RowLayout
 from ptp.decoding.requests import Request
 from ptp.decoding.verification import Logprobs, num_common
 from ptp.errors import DecodingError
 from ptp.model.ptp_model import PTPModel
-from ptp.sampling import LogitsOf, SamplingRule
+from ptp.sampling import SamplingRule
 
 PREFILL_CHUNK = 512
 """Prompt tokens run ahead of the first call at a time, so that its mask stays small."""
@@ -53,7 +54,7 @@ class Step:
 class Session:
     """Slots of a key-value cache, in which requests are answered together.
 
-    rule: how tokens are sampled. head: hidden states to logits. policy: what drafts and branches may cost. num_slots:
+    rule: how tokens are sampled. drafter: makes the drafts. policy: what drafts and branches may cost. num_slots:
     texts at a time. functions: what calls are made of, which may be compiled (see `Caller`). cache: of a session of as
     many slots that has ended, in whose place this one writes.
     """
@@ -62,7 +63,7 @@ class Session:
         self,
         model: PTPModel,
         rule: SamplingRule,
-        head: LogitsOf,
+        drafter: Drafter,
         policy: Policy,
         num_slots: int = 1,
         functions: Functions | None = None,
@@ -71,7 +72,7 @@ class Session:
         self.model, self.policy, self.num_slots = model, policy, num_slots
         self.functions = functions or Functions()
         self.cache = cache or SlotCache(model.num_layers, num_slots, 0)
-        self.call = Caller(model, rule, head, self.cache, policy.most, self.functions)
+        self.call = Caller(model, rule, drafter, self.cache, policy.most, self.functions)
         self.slots: list[Text | None] = [None] * num_slots
         self.kept: list[list[int]] = [[] for _ in range(num_slots)]
 

@@ -42,10 +42,12 @@ def layers_of(base_model: PreTrainedModel) -> nn.Module:
     return base_model.get_submodule("model") if misses else found
 
 
+@torch.compiler.disable
 def project(base_model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits (..., V) of hidden states (..., H), as the model's own forward makes them of what its layers give.
 
-    The model is run without its layers: caps and scales of logits differ from model to model, and are its own.
+    The model is run without its layers: caps and scales of logits differ from model to model, and are its own. Nothing
+    for a compiler, for a module is changed on the way.
     """
 
     def layers(*args: Any, **kwargs: Any) -> _LayersOutput:
