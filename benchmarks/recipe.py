@@ -12,7 +12,9 @@ per call. Each training is kept in FOLDER/TEACHER/recipe.jsonl and not made agai
 and new arms join the table.
 
     code          the demo's base model: 0.8 M parameters, functions of the standard library
+    code-5M       the same of 5.4 M
     code-34M      the same of the paper's 34M rung, for a GPU
+    starter       the base model that comes with the package: 2.6 M parameters, the same functions
     books-34M     the same size, on the English books that the environment variable PTP_ASSETS leads to
     stories260K   the children's stories model there
 """
@@ -40,10 +42,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
+from ptp.cli.common import STARTER
 from ptp.decoding.decoder import Decoder
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import make_request
-from ptp.demo import DEMO, Function, demo_config, make_teacher
+from ptp.demo import DEMO, Function, demo_config, library_functions, make_teacher
 from ptp.evaluation.experiment_report import hardware
 from ptp.experiment import Experiment
 from ptp.files import append_line, write_atomically
@@ -60,7 +63,17 @@ sys.path.insert(0, str(Path(__file__).parent / "paper"))
 from mismatched import under_rule
 from shared import spread, train
 
-TEACHERS = ("code", "code-34M", "books-34M", "stories260K")
+RUNG = LADDER["34M"]
+LARGE = replace(DEMO, vocab_size=4096, hidden_size=RUNG.hidden_size, num_layers=RUNG.num_layers, teacher_steps=6000)
+TRAINED = {
+    "code": DEMO,
+    "code-5M": replace(DEMO, vocab_size=1024, hidden_size=256, num_layers=6, teacher_steps=1600),
+    "code-34M": LARGE,
+    "books-34M": LARGE,
+}
+"""Base models that are trained here, and their sizes."""
+
+TEACHERS = (*TRAINED, "starter", "stories260K")
 
 COMPARED = {"sampling", "model", "train"}
 """Settings by which a run is told from others."""
@@ -102,8 +115,11 @@ ARMS: dict[str, tuple[str, ...]] = {
     "half the windows": ("train.windows_per_sequence=12",),
     "all linear layers, rank 32": ("model.lora_targets=all-linear", "model.lora_rank=32"),
     "rank 16": ("model.lora_rank=16", "model.lora_alpha=16"),
-    "AdamW at 1e-3": ("train.optimizer=adamw", "train.learning_rate=0.001"),
-    "Muon at 2e-2": ("train.learning_rate=0.02",),
+    **{f"Muon at {rate}": (f"train.learning_rate={rate}",) for rate in ("3e-3", "2e-2")},
+    **{
+        f"AdamW at {rate}": ("train.optimizer=adamw", f"train.learning_rate={rate}")
+        for rate in ("1e-4", "1e-3", "3e-3")
+    },
 }
 """What each changes in the recipe, which is that of `open_bench`."""
 
@@ -146,21 +162,21 @@ def make_base_model(directory: Path, teacher: str) -> None:
     """The base model in directory/teacher, and prompts.jsonl beside it."""
     if (directory / "prompts.jsonl").exists() and (directory / "teacher").exists():
         return
-    rung = LADDER["34M"]
-    large = replace(DEMO, vocab_size=4096, hidden_size=rung.hidden_size, num_layers=rung.num_layers, teacher_steps=6000)
-    if teacher == "code":
-        make_teacher(directory, DEMO)
-    elif teacher == "code-34M":
-        make_teacher(directory, large)
-    elif teacher == "books-34M":
-        make_teacher(directory, large, functions=books(assets() / "corpora" / "classic-books"))
+    if teacher in TRAINED:
+        texts = books(assets() / "corpora" / "classic-books") if teacher == "books-34M" else None
+        make_teacher(directory, TRAINED[teacher], functions=texts)
+        return
+    if teacher == "starter":
+        found, prompts = STARTER / "base_model", [function.header for function in library_functions()]
+        prompts = list(dict.fromkeys(prompts))[: DEMO.num_prompts]
     else:
-        directory.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(assets() / "models" / teacher, directory / "teacher", copy_function=shutil.copyfile)
+        found = assets() / "models" / teacher
         stories = (assets() / "corpora" / "tinystories-valid" / "tinystories_val.txt").read_text(encoding="utf-8")
-        openings = dict.fromkeys(" ".join(line.split()[:8]) for line in stories.splitlines() if len(line) > 100)
-        lines = [json.dumps({"header": opening}) + "\n" for opening in openings]
-        write_atomically(directory / "prompts.jsonl", "".join(lines).encode())
+        prompts = list(dict.fromkeys(" ".join(line.split()[:8]) for line in stories.splitlines() if len(line) > 100))
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(found, directory / "teacher", copy_function=shutil.copyfile)
+    lines = [json.dumps({"header": prompt}) + "\n" for prompt in prompts]
+    write_atomically(directory / "prompts.jsonl", "".join(lines).encode())
 
 
 def assets() -> Path:
