@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from ptp.config import PTPConfig
 from ptp.decoding import decoder as decoder_module
-from ptp.decoding.call import Functions, draft, settle
 from ptp.decoding.decoder import Decoder
+from ptp.decoding.device import Functions, draft, settle
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import make_request
 from ptp.decoding.session import Session

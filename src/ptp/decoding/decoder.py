@@ -15,7 +15,8 @@ from transformers.generation import BaseStreamer
 from ptp.cache import SlotCache
 from ptp.decoding.allocation import Profile
 from ptp.decoding.budget import FixedBudget, Latency, MeasuredBudget, Policy
-from ptp.decoding.call import Functions, Text, compiled_functions
+from ptp.decoding.call import Text
+from ptp.decoding.device import Functions, compiled_functions
 from ptp.decoding.drafting import Drafter
 from ptp.decoding.latency import CALLS, CONTEXT, kept_latency, measure_latency
 from ptp.decoding.requests import Request, make_request

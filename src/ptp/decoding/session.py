@@ -18,7 +18,8 @@ import torch
 from ptp.cache import SlotCache
 from ptp.decoding.allocation import allocate
 from ptp.decoding.budget import Policy
-from ptp.decoding.call import Caller, Functions, Outcome, Text
+from ptp.decoding.call import Caller, Outcome, Text
+from ptp.decoding.device import Functions
 from ptp.decoding.drafting import Drafter
 from ptp.decoding.layout import MOST_PENDING, CallShape, RowLayout
 from ptp.decoding.requests import Request
