@@ -1,4 +1,4 @@
-# make demo      train a small language model, make it parallel, measure it (about ten minutes on two cores)
+# make demo      train a small language model, make it parallel, measure it (six minutes on two free cores)
 # make starter   train and measure the pair that comes with the package, and put it in its place
 # make test      all tests but the slow ones       make test-all   all tests
 # make check     ruff and mypy                     make setup      the environment alone

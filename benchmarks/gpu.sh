@@ -1,38 +1,44 @@
 #!/usr/bin/env bash
-# Everything that docs/results.md says awaits a GPU, one measurement after the other, the quickest first.
+# What docs/results.md says awaits a GPU, but for the longest trainings: one measurement after the other, the quickest
+# first, each printed and kept in FOLDER.
 #
-#     bash benchmarks/gpu.sh FOLDER                                  # results, base models and completions are kept there
-#     TEACHER=code STEPS="20 40" CUDA=cpu bash benchmarks/gpu.sh FOLDER    # a trial on a CPU
+#     bash benchmarks/gpu.sh FOLDER
+#     DEVICE=cpu TEACHER=code STEPS="2 4" BATCH=8 bash benchmarks/gpu.sh FOLDER    # a trial on a CPU
 #
-# It goes on where it was stopped: what is trained and measured is not made again.
+# Base models, completions and trainings in FOLDER are not made again; the measurements are.
+# TEACHER, STEPS, BATCH: a base model of benchmarks/recipe.py, trainings of so many steps, sequences of a step.
 set -euo pipefail
+folder=$(realpath "${1:?say where results are to be kept: bash benchmarks/gpu.sh FOLDER}")
 cd "$(dirname "$0")/.."
-folder=${1:?say where results are to be kept: bash benchmarks/gpu.sh FOLDER}
+device=${DEVICE:-cuda}
 teacher=${TEACHER:-code-34M}
 steps=${STEPS:-1250 2500 5000}
-device=${CUDA:-cuda}
-python=${PYTHON:-python}
 batch=${BATCH:-32}
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python)}
 mkdir -p "$folder"
 export OMP_WAIT_POLICY=PASSIVE
+dtype=bfloat16
+if [ "$device" = cpu ]; then
+    export CUDA_VISIBLE_DEVICES=
+    dtype=float32
+fi
 
-echo "== $(date): tokens per call over training tokens, $teacher"
+if [ "$device" = cuda ]; then
+    echo "== steps of training"
+    "$python" benchmarks/train_step.py --device cuda | tee "$folder/train_step.txt"
+fi
+
+echo "== tokens per call over training tokens: $teacher"
 for number in $steps; do
     "$python" benchmarks/recipe.py "$folder" "train.batch_size=$batch" --teacher "$teacher" --arms recipe paper \
-        --steps "$number" --seeds 1 | tee -a "$folder/recipe.md"
+        --steps "$number" --seeds 1 | tee "$folder/recipe-$number.md"
 done
 
-echo "== $(date): speed over the loop that is compiled too"
-last=${steps##* }
-"$python" -m ptp.cli.main train "$folder/$teacher" "train.max_steps=$last" "train.batch_size=$batch"
-dtype=$([ "$device" = cuda ] && echo bfloat16 || echo float32)
-"$python" benchmarks/budget.py "$folder/$teacher" --compile --dtype "$dtype" --budgets 0 6 8 12 24 \
-    | tee -a "$folder/budget.txt"
+echo "== sampling"
+"$python" benchmarks/pregenerate.py --model "$folder/$teacher/teacher" --prompts "$folder/$teacher/prompts.jsonl" \
+    --device "$device" | tee "$folder/pregenerate.txt"
 
-echo "== $(date): steps of training, and sampling"
-if [ "$device" = cuda ]; then
-    "$python" benchmarks/train_step.py --device cuda | tee -a "$folder/train_step.txt"
-    "$python" benchmarks/pregenerate.py --model "$folder/$teacher/teacher" --prompts "$folder/$teacher/prompts.jsonl" \
-        --device cuda | tee -a "$folder/pregenerate.txt"
-fi
-echo "== $(date): done"
+echo "== speed over a loop that is compiled too"
+"$python" -m ptp.cli.main train "$folder/$teacher" "train.max_steps=${steps##* }" "train.batch_size=$batch"
+"$python" benchmarks/budget.py "$folder/$teacher" --compile --dtype "$dtype" --budgets 0 6 8 12 24 \
+    | tee "$folder/budget.txt"

@@ -139,6 +139,10 @@ def test_tokens_too_unlikely_for_top_p_need_not_be_sorted(case: tuple[Tensor, Sa
     assert (found.upper[..., -1] == 1).all()
 
 
+def test_no_rows_are_no_distributions() -> None:
+    assert warp(torch.empty(0, 5000), SamplingRule(top_p=0.9)).probs.shape[0] == 0
+
+
 def test_of_many_tokens_top_p_sorts_few() -> None:
     values = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)) * 4
     rule = SamplingRule(temperature=0.7, top_p=0.9)

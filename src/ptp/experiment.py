@@ -65,8 +65,8 @@ class ExperimentConfig(Record):
             )
         if self.train.fsdp and self.train.optimizer != "adamw":
             raise ValueError(
-                f"train.fsdp needs an optimizer that steps on parts of matrices; got {self.train.optimizer}: set "
-                "train.optimizer=adamw train.learning_rate=1e-3"
+                f"train.fsdp, for several GPUs and torchrun, needs an optimizer that steps on parts of matrices; got "
+                f"{self.train.optimizer}: set train.optimizer=adamw train.learning_rate=1e-3"
             )
         return self
 

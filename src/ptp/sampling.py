@@ -301,7 +301,7 @@ def _of_mass(scores: Tensor, token_ids: Tensor, top_p: float) -> tuple[Tensor, T
     weights = _weights(scores)
     shares = weights / weights.cumsum(-1)[..., -1:]
     below: Tensor | float = 0.0
-    if scores.shape[-1] > FEW and not torch.compiler.is_compiling():
+    if scores.shape[-1] > FEW and scores.numel() and not torch.compiler.is_compiling():
         unlikely = shares < 0.5 * (1 - top_p) / scores.shape[-1]
         below = shares.masked_fill(~unlikely, 0).cumsum(-1)[..., -1:]
         size = int((~unlikely).sum(-1).max())

@@ -321,6 +321,8 @@ def test_a_categorical_branch_has_one_curve(base: PreTrainedModel) -> None:
     [
         ([], {}, "the prompt must be a sequence of at least one token id; got shape (0,)"),
         ([[1, 2]], {}, "the prompt must be a sequence of at least one token id; got shape (1, 2)"),
+        ([[1, 2], [3]], {}, "the prompt must be a sequence of token ids; got list"),
+        ("a text", {}, "the prompt must be token ids; got a text: give what the tokenizer makes of it"),
         ([0, 40], {}, "prompt ids must lie in [0, 40); got 0 … 40"),
         ([-1, 2], {}, "prompt ids must lie in [0, 40); got -1 … 2"),
         ([1], {"max_new_tokens": 0}, "max_new_tokens must be at least 1; got 0"),

@@ -17,7 +17,7 @@ from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import Request, make_request
 from ptp.decoding.session import PREFILL_CHUNK, Session
 from ptp.decoding.verification import Logprobs
-from ptp.errors import DecodingError
+from ptp.errors import ConfigError, DecodingError
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
 
@@ -289,6 +289,11 @@ def test_logprobs_are_the_model_s_own_before_rule_and_processors(
     chosen = scores.gather(-1, torch.tensor(token_ids).unsqueeze(-1)).squeeze(-1)
     assert torch.tensor([each.token for each in found]).allclose(chosen, atol=1e-4)
     assert all(text in session.texts for text in others)
+
+
+def test_a_session_without_places_is_refused(decoder: Decoder) -> None:
+    with pytest.raises(ConfigError, match="a session needs a place for a text at least; got 0"):
+        decoder.generate_batch([[1, 2]], batch_size=0)
 
 
 def test_logprobs_are_told_of_the_chosen_token_alone_or_not_at_all(decoder: Decoder, base: PreTrainedModel) -> None:

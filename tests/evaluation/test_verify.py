@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,32 @@ def test_a_token_far_from_u_is_a_mismatch_even_where_two_others_tie(base: PreTra
     far = [token for token in range(2, base.config.vocab_size) if float(lower[token]) - u > 0.01]
     assert far
     assert {verdict(base, u, token) for token in far} == {"mismatch"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "scores", "u", "near", "far"),
+    [
+        (SamplingRule(temperature=0), [3.0, 3.00001, 1.0], 0.5, (0, 1), 2),
+        # Which of two tokens is the second likeliest decides where all that follow lie.
+        (SamplingRule(top_k=2), [3.0, 2.0, 2.00001], 0.95, (1, 2), 0),
+        (SamplingRule(order="probability"), [2.0, 2.00001, 1.0], 0.2, (0, 1), 2),
+        (SamplingRule(top_p=0.5), [3.0, 3.00001], 0.5, (0, 1), None),
+    ],
+)
+def test_what_rounding_cuts_off_or_orders_otherwise_is_a_near_tie(
+    rule: SamplingRule, scores: list[float], u: float, near: tuple[int, int], far: int | None
+) -> None:
+    class Fixed(torch.nn.Module):
+        dtype, device = torch.float32, torch.device("cpu")
+
+        def forward(self, input_ids: torch.Tensor, logits_to_keep: int) -> SimpleNamespace:
+            return SimpleNamespace(logits=torch.tensor([[scores]]))
+
+    request = Request(PROMPT, 1, frozenset(), torch.tensor([u]))
+    assert compare(Fixed(), request, rule, [near[0]], [near[1]]) == "near-tie"
+    assert compare(Fixed(), request, rule, [near[1]], [near[0]]) == "near-tie"
+    if far is not None:
+        assert compare(Fixed(), request, rule, [far], [near[1]]) == "mismatch"
 
 
 def test_a_text_that_stops_early_or_goes_on_is_a_mismatch(base: PreTrainedModel) -> None:

@@ -186,6 +186,14 @@ def test_weights_are_not_shared_out_between_cpus_unasked(sampled: Experiment) ->
     assert not list(sampled.checkpoints.glob("checkpoint-*"))
 
 
+def test_one_process_has_no_one_to_share_weights_with_and_says_so(
+    sampled: Experiment, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = ("train.max_steps=1", "train.warmup_steps=0", "train.fsdp=true")
+    train(Experiment.load(sampled.directory, [*SETTINGS, *short]))
+    assert "this is one by itself, which holds them whole; torchrun starts several" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -1,9 +1,9 @@
 """One call of the model for the texts of a session: what it verifies, and what it drafts (METHOD §4).
 
-    texts, layouts ── read: the layers ──► Reading ── settle ──► Settled ── draft ──► Told ──► an Outcome for each text
-                                           └──────────── on the device ────────────┘
+    texts, layouts ── read: layers ──► Reading ── settle ──► Settled ── draft ──► HostView ──► an Outcome for each text
+                                       └──────────── on the device ────────────┘
 
-The host looks once, at the end (`Told`). Logits processors alone make it look before: they act on the host.
+A compiled call is looked at once, at the end (`HostView`); logits processors alone, which act on the host, look before.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Told:
+class HostView:
     """What the host is told of a text, once a call.
 
     true_tokens: R of them. bonus: the last token settled. goes_on: whether that stands behind a second candidate.
@@ -95,11 +95,11 @@ class Told:
     chances: list[list[float]]
 
     @classmethod
-    def of(cls, settled: Settled, tokens: Tensor, chances: Tensor) -> list[Told]:
+    def of(cls, settled: Settled, tokens: Tensor, chances: Tensor) -> list[HostView]:
         """Of B texts, and of further rows that are none. tokens, chances: (B, n, C)."""
-        # One copy to the host: float64 holds token ids exactly.
+        # One copy to the host: float32 holds token ids exactly, up to 2²⁴, and all devices have it.
         parts = [settled.true_tokens, settled.bonus, settled.second, tokens.flatten(1), chances.flatten(1)]
-        values = torch.cat([part.double() for part in parts], dim=1).cpu()
+        values = torch.cat([part.float() for part in parts], dim=1).cpu()
         true_tokens, bonus, second, drafts, likely = values.split([part.shape[1] for part in parts], dim=1)
         fields = (
             true_tokens.long().tolist(),
@@ -163,14 +163,14 @@ class Caller:
         else:
             num_states = max(*(max(row.widths) for row in layouts), *reach)
         tokens, chances = functions.draft(reading, settled, self.drafter, rules, num_states)
-        told = Told.of(settled, tokens, chances)
+        views = HostView.of(settled, tokens, chances)
         if not processed:
-            verified = [told[row].verified(text) for row, text in enumerate(texts)]
+            verified = [views[row].verified(text) for row, text in enumerate(texts)]
         outcomes = []
         for row, (text, own) in enumerate(zip(texts, layouts, strict=True)):
-            goes_on = told[row].goes_on
+            goes_on = views[row].goes_on
             width = 0 if goes_on else max(0, own.widths[verified[row].num_accepted] - self.model.ptp_config.lead)
-            drafts, confidences, seconds = told[row].drafts(max(width, reach[row]))
+            drafts, confidences, seconds = views[row].drafts(max(width, reach[row]))
             outcomes.append(
                 Outcome(
                     verified[row],

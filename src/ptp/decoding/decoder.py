@@ -189,7 +189,7 @@ class Decoder:
                 numbers[session.enter(request)] = number
                 upcoming = next(waiting, None)
             for text, step in session.step():
-                yield numbers[text], step
+                yield numbers[text] if step.finish_reason is None else numbers.pop(text), step
         if self.functions.are_compiled:
             # A CUDA graph is bound to the cache it was captured with.
             self.caches[batch_size] = session.cache

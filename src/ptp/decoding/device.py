@@ -1,8 +1,9 @@
-"""What of a decoding call runs on the device without a look from the host (METHOD §4, steps 1 and 4).
+"""What of a decoding call runs on the device (METHOD §4, steps 1 and 4).
 
     Reading: what the layers read and gave ── settle: head, u ──► Settled ── draft: chain, soft pick ──► drafts, chances
 
-Pure functions of tensors whose shapes do not depend on what proves right, so that each compiles to one graph.
+Pure functions of tensors. Compiled, none looks at a value and no shape depends on what proves right, so that each is
+one graph; as they are, they look where that saves work (`ptp.sampling.warp`, `ptp.decoding.drafting.Drafter`).
 
 Shapes: B texts, T positions of the call, R verify rows of a text, C candidates for a draft, V vocabulary, H hidden.
 """

@@ -89,7 +89,12 @@ def make_request(
     A text that would outgrow the model's context is cut there ("length"). Before min_new_tokens are written no end
     token is; `stopping` may still end the text.
     """
-    ids = torch.as_tensor(prompt_ids).tolist()
+    if isinstance(prompt_ids, str):
+        raise DecodingError("the prompt must be token ids; got a text: give what the tokenizer makes of it")
+    try:
+        ids = torch.atleast_1d(torch.as_tensor(prompt_ids)).tolist()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DecodingError(f"the prompt must be a sequence of token ids; got {type(prompt_ids).__name__}") from error
     vocab_size = cast(nn.Embedding, base_model.get_input_embeddings()).weight.shape[0]
     context = context_length(base_model.config)
     if not ids or not isinstance(ids[0], int):

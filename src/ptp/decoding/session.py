@@ -24,7 +24,7 @@ from ptp.decoding.drafting import Drafter
 from ptp.decoding.layout import MOST_PENDING, CallShape, RowLayout
 from ptp.decoding.requests import Request
 from ptp.decoding.verification import Logprobs, num_common
-from ptp.errors import DecodingError
+from ptp.errors import ConfigError, DecodingError
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
 
@@ -70,6 +70,8 @@ class Session:
         functions: Functions | None = None,
         cache: SlotCache | None = None,
     ) -> None:
+        if num_slots < 1:
+            raise ConfigError(f"a session needs a place for a text at least; got {num_slots}")
         self.model, self.policy, self.num_slots = model, policy, num_slots
         self.functions = functions or Functions()
         self.cache = cache or SlotCache(model.num_layers, num_slots, 0)
@@ -105,9 +107,13 @@ class Session:
         self.kept[slot] = []
         # Alone, the rest of a prompt is read by the call that drafts first; beside others it would pad all of them.
         ahead = PREFILL_CHUNK if self.num_slots == 1 else 1
-        while len(text.tokens) - text.num_cached > ahead:
-            chunk = min(PREFILL_CHUNK, len(text.tokens) - text.num_cached - 1)
-            self.call.prefill(text, slot, chunk)
+        try:
+            while len(text.tokens) - text.num_cached > ahead:
+                chunk = min(PREFILL_CHUNK, len(text.tokens) - text.num_cached - 1)
+                self.call.prefill(text, slot, chunk)
+        except BaseException:
+            self.slots[slot] = None
+            raise
         return text
 
     def _reserve(self, num_tokens: int) -> None:
@@ -118,7 +124,6 @@ class Session:
             self.cache.reserve(needed)
         elif needed > self.cache.capacity:
             self.cache.reserve(-(-needed // COMPILED_CAPACITY) * COMPILED_CAPACITY)
-            self.kept = [[] if text is None else kept for text, kept in zip(self.slots, self.kept, strict=True)]
 
     def leave(self, text: Text) -> None:
         """Give a text's slot up; its keys stay until another text needs the slot."""

@@ -16,20 +16,26 @@ from ptp.decoding.decoder import Decoder, Generation, Step
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import Request, make_request
 from ptp.decoding.verification import processed
-from ptp.sampling import Distribution, SamplingRule, interval, warp
+from ptp.sampling import Distribution, SamplingRule, interval, pick, warp
 
 Result = TypeVar("Result")
 
 TIE_TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 """How far an interval's edge may move by rounding when the same call is made in another batch shape."""
 
+LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""The same of a logit, as a share of the largest."""
+
+ROUNDINGS = 512
+"""Logits that rounding may have made, among which a near-tie is looked for."""
+
 
 @dataclass(frozen=True)
 class Comparison:
     """One prompt decoded both ways. seconds: (plain, parallel) of each interleaved repetition.
 
-    verdict: "identical"; "near-tie" if the first difference is at a u within rounding of its interval's edge; else
-    "mismatch".
+    verdict: "identical"; "near-tie" if the first difference is at a u within rounding of its interval's edge, or if
+    rounding of the logits makes another order or another cut of tokens, so that u picks the other; else "mismatch".
     """
 
     request: Request
@@ -115,13 +121,29 @@ def compare(
         return "mismatch"
     ids = torch.tensor([request.prompt_ids + plain_ids[:place]], device=plain_model.device)
     logits = plain_model(input_ids=ids, logits_to_keep=1).logits[0, -1]
-    distribution = warp(processed(logits, ids[0], request.processors), rule)
+    scores, u = processed(logits, ids[0], request.processors).float(), request.u[place]
+    distribution = warp(scores, rule)
     # Both tokens' intervals must come that near to u: some edge always does.
     tokens = torch.tensor([token_ids[place], plain_ids[place]], device=plain_model.device)
     both = Distribution(*(entry.expand(2, -1) for entry in vars(distribution).values()))
     lower, upper = interval(both, tokens)
-    distance = float(torch.maximum(lower - request.u[place], request.u[place] - upper).max())
-    return "near-tie" if distance <= TIE_TOLERANCE[plain_model.dtype] else "mismatch"
+    near = torch.maximum(lower - u, u - upper) <= TIE_TOLERANCE[plain_model.dtype]
+    if near.all():
+        return "near-tie"
+    # Where tokens are cut off, put into order or, greedily, compared, rounding moves more than an edge.
+    reached = _picked_after_rounding(scores, u, rule, LOGIT_TOLERANCE[plain_model.dtype])
+    return "near-tie" if (near | torch.isin(tokens, reached)).all() else "mismatch"
+
+
+def _picked_after_rounding(scores: torch.Tensor, u: torch.Tensor, rule: SamplingRule, share: float) -> torch.Tensor:
+    """What u picks of scores (V,), each of which is off by up to a share of the largest: (`ROUNDINGS`,)."""
+    generator = torch.Generator().manual_seed(0)
+    bound = share * scores[scores.isfinite()].abs().max()
+    found = []
+    for _ in range(ROUNDINGS):
+        noise = 2 * torch.rand(len(scores), generator=generator).to(scores.device) - 1
+        found.append(pick(warp(scores + bound * noise, rule), u))
+    return torch.stack(found)
 
 
 def _all_steps(decoder: Decoder, request: Request) -> list[Step]:

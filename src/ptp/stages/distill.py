@@ -250,7 +250,7 @@ Makes `{config.base_model}` parallel with {what} `{data.path}`. Sampling rule of
     ptp serve {directory}
 
 Settings are in `experiment.yaml`, `pregenerate.yaml` and `train.yaml`; one may be given for a single run, as in
-`ptp_train {directory} train.learning_rate=3e-4`. Every stage goes on where it was stopped.
+`ptp_train {directory} train.max_steps=4000`. Every stage goes on where it was stopped.
 
 On four GPUs, with `train.batch_size` a fourth of what it is here, since it is that of a process:
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import time
@@ -36,6 +37,8 @@ from ptp.training.metrics import WindowMetrics
 from ptp.training.objective import Objective, evaluate_windows, make_stream, measured_pass
 from ptp.training.optimizers import make_optimizer
 from ptp.training.saving import SaveWhenAsked, summed
+
+logger = logging.getLogger(__name__)
 
 RUNNING_METRICS = "metrics.json"
 """In a checkpoint: what was counted since the last row of the log."""
@@ -93,6 +96,11 @@ class PTPTrainer(Trainer):
                 f"{'has been configured to' if self.is_fsdp_enabled else 'does not'} share out weights between these "
                 f"processes, on {self.args.device.type}; set train.fsdp accordingly (it needs GPUs), and leave FSDP "
                 "out of accelerate's own configuration"
+            )
+        if config.fsdp and num_processes == 1:
+            logger.warning(
+                "train.fsdp shares out weights between processes, and this is one by itself, which holds them whole; "
+                "torchrun starts several (docs/multi-gpu.md)"
             )
         # The live table and the log are the callbacks' business, not standard output's.
         self.remove_callback(PrinterCallback)
