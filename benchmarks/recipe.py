@@ -304,7 +304,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             tau = ", ".join(f"{value:.2f}" for value in run.tau.values())
             print(f"{arm}, seed {seed}: τ {tau}; trained in {run.seconds:.0f} s", file=sys.stderr, flush=True)
             wanted.append(run)
-    batch, length = experiment.config.train.batch_size, experiment.config.train.sequence_length
+    shared = Experiment.load(experiment.directory, options.overrides).config.train
+    batch, length = shared.batch_size, shared.sequence_length
     print(
         f"{hardware()}; base model {options.teacher}; {options.steps} steps of {batch} sequences of {length} tokens; "
         f"budget {options.budget}, {options.num_prompts} held-out prompts of at most {options.max_new_tokens} new "
