@@ -179,7 +179,9 @@ def test_processes_told_to_end_save_together_and_go_on(sampled: Experiment, alon
 
 @pytest.mark.slow
 def test_weights_are_not_shared_out_between_cpus_unasked(sampled: Experiment) -> None:
-    process = start(sampled, "train.fsdp=true", program="from ptp.cli.main import main\nmain()")
+    process = start(
+        sampled, "train.fsdp=true", "train.optimizer=adamw", program="from ptp.cli.main import main\nmain()"
+    )
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "error: train.fsdp is true, but accelerate does not share out weights" in output
