@@ -10,13 +10,14 @@ from functools import partial
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptp.decoding.decoder import Decoder, Generation, Step
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import Request, make_request
 from ptp.decoding.verification import processed
-from ptp.sampling import Distribution, SamplingRule, interval, pick, warp
+from ptp.sampling import Distribution, SamplingRule, interval, warp
 
 Result = TypeVar("Result")
 
@@ -122,28 +123,38 @@ def compare(
     ids = torch.tensor([request.prompt_ids + plain_ids[:place]], device=plain_model.device)
     logits = plain_model(input_ids=ids, logits_to_keep=1).logits[0, -1]
     scores, u = processed(logits, ids[0], request.processors).float(), request.u[place]
-    distribution = warp(scores, rule)
-    # Both tokens' intervals must come that near to u: some edge always does.
     tokens = torch.tensor([token_ids[place], plain_ids[place]], device=plain_model.device)
-    both = Distribution(*(entry.expand(2, -1) for entry in vars(distribution).values()))
-    lower, upper = interval(both, tokens)
-    near = torch.maximum(lower - u, u - upper) <= TIE_TOLERANCE[plain_model.dtype]
-    if near.all():
-        return "near-tie"
+    near = _is_near(warp(scores, rule), tokens, u, TIE_TOLERANCE[plain_model.dtype])
     # Where tokens are cut off, put into order or, greedily, compared, rounding moves more than an edge.
-    reached = _picked_after_rounding(scores, u, rule, LOGIT_TOLERANCE[plain_model.dtype])
-    return "near-tie" if (near | torch.isin(tokens, reached)).all() else "mismatch"
+    for rounded in _rounded(scores, rule, LOGIT_TOLERANCE[plain_model.dtype]):
+        # Both must come that near: some token always does.
+        if near.all():
+            break
+        near |= _is_near(rounded, tokens, u, TIE_TOLERANCE[plain_model.dtype])
+    return "near-tie" if near.all() else "mismatch"
 
 
-def _picked_after_rounding(scores: torch.Tensor, u: torch.Tensor, rule: SamplingRule, share: float) -> torch.Tensor:
-    """What u picks of scores (V,), each of which is off by up to a share of the largest: (`ROUNDINGS`,)."""
+def _is_near(distribution: Distribution, tokens: Tensor, u: Tensor, tolerance: float) -> Tensor:
+    """Whether u lies in the interval of each of the tokens (n,), or within the tolerance of it: (n,) bool."""
+    each = Distribution(*(entry.expand(len(tokens), -1) for entry in vars(distribution).values()))
+    lower, upper = interval(each, tokens)
+    return torch.maximum(lower - u, u - upper) <= tolerance
+
+
+def _rounded(scores: Tensor, rule: SamplingRule, share: float) -> Iterator[Distribution]:
+    """Distributions of scores (V,) that leave out and order tokens as if each were off by a share of the largest, at most.
+
+    What is left keeps its own probabilities: how far edges move is the other tolerance's business.
+    """
     generator = torch.Generator().manual_seed(0)
     bound = share * scores[scores.isfinite()].abs().max()
-    found = []
+    weights = ((scores - scores.max()) / (rule.temperature or 1.0)).exp()
     for _ in range(ROUNDINGS):
         noise = 2 * torch.rand(len(scores), generator=generator).to(scores.device) - 1
-        found.append(pick(warp(scores + bound * noise, rule), u))
-    return torch.stack(found)
+        found = warp(scores + bound * noise, rule)
+        own = weights[found.token_ids].masked_fill(found.probs == 0, 0)
+        upper = own.cumsum(-1)
+        yield Distribution(found.token_ids, own / upper[-1], upper / upper[-1])
 
 
 def _all_steps(decoder: Decoder, request: Request) -> list[Step]:
