@@ -143,6 +143,9 @@ def tiny_experiment(tiny_llama: Callable[..., LlamaForCausalLM]) -> Callable[[Pa
                 batch_size=8,
                 sequence_length=48,
                 windows_per_sequence=32,
+                # Muon computes in bfloat16, in which what is the same up to rounding is no longer.
+                optimizer="adamw",
+                learning_rate=1e-4,
                 warmup_steps=0,
                 dtype="float32",
                 save_every=2,

@@ -111,7 +111,7 @@ def test_compiled_calls_draft_the_same(
         Decoder(model, rule, budget=8, compile=each).generate([1, 2, 3], 60, end_token_ids=[]) for each in (False, True)
     )
     assert compiled.steps == plain.steps
-    assert plain.num_accepted_tokens > 2
+    assert plain.num_accepted_tokens > (2 if rule.temperature == 0 else 3)
 
 
 def test_texts_one_after_the_other_write_to_one_cache_that_a_graph_may_be_bound_to(

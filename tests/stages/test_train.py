@@ -239,7 +239,7 @@ def test_overrides_are_part_of_the_record(sampled: Experiment) -> None:
     run = json.loads((sampled.directory / "runs" / "train.json").read_text())
     for settings in (run["config"], read_training_result(sampled).config):
         assert (settings["train"]["learning_rate"], settings["model"]["lora_rank"]) == (3e-4, 3)
-    assert "learning_rate: 0.003" in (sampled.directory / "train.yaml").read_text(), "for this run only"
+    assert "learning_rate: 0.0001" in (sampled.directory / "train.yaml").read_text(), "for this run only"
     assert PTPModel.from_pretrained(sampled.directory).ptp_config.lora_rank == 3
 
 
@@ -296,8 +296,8 @@ def test_with_less_memory_training_goes_on_as_it_would_have(
     for name in WEIGHTS:
         weights, expected = (load_file(each.checkpoints / "checkpoint-4" / name) for each in (sampled, finished))
         for key, start in begun[name].items():
-            # Sums are rounded in another order, and Muon in bfloat16: little beside what was learnt since.
-            assert (weights[key] - expected[key]).norm() <= 2e-2 * (expected[key] - start).norm(), key
+            # Sums are rounded in another order, which is little beside what was learnt since.
+            assert (weights[key] - expected[key]).norm() <= 1e-3 * (expected[key] - start).norm(), key
 
 
 def test_training_goes_on_from_checkpoints_made_before_a_rule_had_min_p(sampled: Experiment) -> None:

@@ -142,7 +142,7 @@ def _is_near(distribution: Distribution, tokens: Tensor, u: Tensor, tolerance: f
 
 
 def _rounded(scores: Tensor, rule: SamplingRule, share: float) -> Iterator[Distribution]:
-    """Distributions of scores (V,) that leave out and order tokens as if each were off by a share of the largest, at most.
+    """Distributions of scores (V,) that leave out and order tokens as if each were off by up to a share of the largest.
 
     What is left keeps its own probabilities: how far edges move is the other tolerance's business.
     """
