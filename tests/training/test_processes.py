@@ -28,7 +28,12 @@ SETTINGS = (
 TOGETHER = (*SETTINGS, "train.batch_size=1", "train.gradient_accumulation_steps=2")
 
 # accelerate shares out weights between GPUs only; between CPUs it works as well, if it is told to.
-PROGRAM = """
+LEFT = "a process left with its connections to others open"
+
+PROGRAM = f"""
+import atexit
+
+import torch
 from accelerate.state import AcceleratorState, DistributedType
 
 from ptp.cli.main import main
@@ -43,6 +48,7 @@ def on_cpus_too(self, *args, fsdp_plugin=None, **kwargs):
 
 
 AcceleratorState.__init__ = on_cpus_too
+atexit.register(lambda: torch.distributed.is_initialized() and print("{LEFT}"))
 main()
 """
 
@@ -76,8 +82,22 @@ def start(
     path = experiment.directory.parent / "program.py"
     path.write_text(program)
     command = [*launcher, str(path), "train", str(experiment.directory), *settings, "--no-measure"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        # What aborts says where.
+        "PYTHONFAULTHANDLER": "1",
+    }
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+
+
+def finish(*processes: subprocess.Popen[str]) -> None:
+    """Wait until all have ended well."""
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    said = "\n\n".join(outputs)
+    assert [process.returncode for process in processes] == [0] * len(processes), said
+    assert LEFT not in said, said
 
 
 def check_same(experiment: Experiment, alone: Experiment) -> None:
@@ -106,8 +126,7 @@ def test_two_processes_train_as_one_does_with_the_same_sequences_in_a_step(
     sampled: Experiment, alone: Experiment, engine: str
 ) -> None:
     process = start(sampled, *TOGETHER, f"train.fsdp={str(engine == 'fsdp').lower()}")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    finish(process)
     assert len(curves(read_training_result(sampled))["loss"]) == 2 * 12
     check_same(sampled, alone)
     # An adapter, and what goes on from it; never the base model.
@@ -128,8 +147,7 @@ def test_two_processes_learn_by_muon_what_one_does(
     muon = ("train.optimizer=muon", "train.learning_rate=3e-3")
     train(Experiment.load(one.directory, [*SETTINGS, *muon]))
     process = start(sampled, *TOGETHER, *muon)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    finish(process)
     found, expected = (curves(read_training_result(each))["loss"] for each in (sampled, one))
     assert found == pytest.approx(expected, rel=1e-2)
 
@@ -138,8 +156,7 @@ def test_two_processes_learn_by_muon_what_one_does(
 def test_accelerate_launch_starts_them_too(sampled: Experiment, alone: Experiment) -> None:
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     process = start(sampled, *TOGETHER, launcher=(accelerate, "launch", "--multi-gpu", "--num-processes", "2"))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    finish(process)
     check_same(sampled, alone)
 
 
@@ -150,8 +167,7 @@ def test_two_machines_train_as_one_does(sampled: Experiment, alone: Experiment) 
         port = free.getsockname()[1]
     meeting = ("--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}")
     machines = [start(sampled, *TOGETHER, launcher=(*TORCHRUN, "1", *meeting)) for _ in range(2)]
-    outputs = [machine.communicate(timeout=300)[0] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    finish(*machines)
     check_same(sampled, alone)
 
 
@@ -172,8 +188,7 @@ def test_processes_told_to_end_save_together_and_go_on(sampled: Experiment, alon
     (last, *_) = sorted(sampled.checkpoints.glob("checkpoint-*"), key=lambda path: -int(path.name.partition("-")[2]))
     assert json.loads((last / "trainer_state.json").read_text())["global_step"] < 12
     process = start(sampled, *settings)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    finish(process)
     check_same(sampled, alone)
 
 

@@ -171,6 +171,9 @@ def train(
     )
     if trainer.args.should_save:
         write_atomically(experiment.adapter / TRAINING_RESULT, json.dumps(asdict(result), indent=2).encode() + b"\n")
+    # Several processes leave together: one that ends with its connections open may abort, or have another fail.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return result
 
 
