@@ -12,6 +12,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from ptp.errors import ConfigError
 from ptp.sampling import (
+    NO_TOKEN,
     SamplingRule,
     draw,
     inside,
@@ -315,6 +316,23 @@ def test_bfloat16_logits_are_warped_in_float32(case: tuple[Tensor, SamplingRule]
     assert narrow.upper.dtype == torch.float32
     assert torch.equal(narrow.upper, wide.upper)
     assert torch.equal(narrow.token_ids, wide.token_ids)
+
+
+@given(logits_and_rule(), st.sampled_from([torch.nan, torch.inf]), st.floats(0, 1, exclude_max=True), st.data())
+def test_no_token_is_picked_from_what_is_not_a_number(
+    case: tuple[Tensor, SamplingRule], broken: float, u: float, data: st.DataObject
+) -> None:
+    values, rule = case
+    row = data.draw(st.integers(0, len(values) - 1))
+    whole, values = values, values.clone()
+    values[row, data.draw(st.integers(0, values.shape[1] - 1))] = broken
+    numbers = torch.full((len(values),), u, dtype=torch.float32).clamp(max=1 - 2**-24)
+    expected = pick(warp(whole, rule), numbers)
+    expected[row] = NO_TOKEN
+    assert torch.equal(pick(warp(values, rule), numbers), expected)
+    assert torch.equal(draw(warp(values, rule), numbers)[0], expected)
+    values[row] = -torch.inf
+    assert torch.equal(pick(warp(values, rule), numbers), expected)
 
 
 def test_leading_dimensions_do_not_matter() -> None:

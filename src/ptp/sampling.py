@@ -23,6 +23,9 @@ from ptp.records import Record
 
 Order = str | tuple[int, ...]
 
+NO_TOKEN = -1
+"""What is picked where the logits are not numbers."""
+
 MIN_TEMPERATURE = 1e-4
 """Logits divided by less would overflow float32."""
 
@@ -105,6 +108,8 @@ class Distribution:
     token_ids: (..., K) int64, the support; entries without mass may be present and are never picked.
     probs:     (..., K) float32, sums to 1.
     upper:     (..., K) float32, cumulative sum of probs, its last entry exactly 1.
+
+    Where a row of logits holds NaN or +inf, or nothing but -inf, all its `upper` are NaN.
     """
 
     token_ids: Tensor
@@ -132,8 +137,9 @@ def warp(logits: Tensor, rule: SamplingRule) -> Distribution:
     scores = logits.float()
     if rule.temperature == 0:
         token_ids = scores.argmax(-1, keepdim=True)
-        ones = torch.ones_like(token_ids, dtype=torch.float32)
-        return Distribution(token_ids, ones, ones)
+        best = scores.gather(-1, token_ids)
+        ones = torch.ones_like(best)
+        return Distribution(token_ids, ones, ones.masked_fill(~best.isfinite(), torch.nan))
     scores = scores / rule.temperature
     scores, token_ids = _likeliest(scores, rule.top_k)
     if rule.top_p < 1:
@@ -149,8 +155,8 @@ def warp(logits: Tensor, rule: SamplingRule) -> Distribution:
 
 
 def pick(distribution: Distribution, u: Tensor) -> Tensor:
-    """The token whose interval holds u. u: (...) float32 in [0, 1); returns (...) int64."""
-    return distribution.token_ids.gather(-1, _entry(distribution, u)).squeeze(-1)
+    """The token whose interval holds u, or `NO_TOKEN`. u: (...) float32 in [0, 1); returns (...) int64."""
+    return _token(distribution, _entry(distribution, u))
 
 
 def draw(distribution: Distribution, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,8 +166,8 @@ def draw(distribution: Distribution, u: Tensor) -> tuple[Tensor, Tensor, Tensor]
     """
     index = _entry(distribution, u)
     before = distribution.upper.gather(-1, (index - 1).clamp(min=0)).masked_fill(index == 0, 0)
-    token, upper = (values.gather(-1, index).squeeze(-1) for values in (distribution.token_ids, distribution.upper))
-    return token, before.squeeze(-1), upper
+    upper = distribution.upper.gather(-1, index).squeeze(-1)
+    return _token(distribution, index), before.squeeze(-1), upper
 
 
 def interval(distribution: Distribution, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,8 +267,15 @@ def philox_4x32(counter: Words, key: tuple[int, int], rounds: int = 10) -> Words
 
 
 def _entry(distribution: Distribution, u: Tensor) -> Tensor:
-    """Index (..., 1) of the entry whose interval holds u."""
-    return torch.searchsorted(distribution.upper, u.unsqueeze(-1).contiguous(), right=True)
+    """Index (..., 1) of the entry whose interval holds u; of some entry where edges are not numbers."""
+    index = torch.searchsorted(distribution.upper, u.unsqueeze(-1).contiguous(), right=True)
+    return index.clamp(max=distribution.upper.shape[-1] - 1)
+
+
+def _token(distribution: Distribution, index: Tensor) -> Tensor:
+    """Tokens (...) of the entries that `_entry` found, (..., 1)."""
+    tokens = distribution.token_ids.gather(-1, index)
+    return tokens.masked_fill(distribution.upper[..., -1:].isnan(), NO_TOKEN).squeeze(-1)
 
 
 def _weights(scores: Tensor) -> Tensor:

@@ -148,6 +148,13 @@ def test_equal_calls_give_equal_bits_and_other_batch_sizes_intervals_equal_but_f
         np.testing.assert_allclose(one.lower, three.lower, atol=1e-5)
 
 
+def test_logits_that_are_not_numbers_end_sampling_in_one_clear_line(tiny_llama: Callable) -> None:
+    base = tiny_llama(40)
+    base.lm_head.weight.data[3, 0] = torch.inf
+    with pytest.raises(ConfigError, match="the base model's logits are not numbers"):
+        sampled(base, SamplingRule(), wanted())
+
+
 def test_completions_of_one_prompt_differ(base: PreTrainedModel) -> None:
     documents = sampled(base, SamplingRule(), wanted([[0, 3, 4]], per_prompt=6), end_token_ids=[])
     assert len({document.ids.tobytes() for document in documents}) == 6

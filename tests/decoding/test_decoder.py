@@ -337,6 +337,24 @@ def test_a_request_that_cannot_be_served_is_one_clear_line(
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("rule", [SamplingRule(), SamplingRule(temperature=0)])
+@pytest.mark.parametrize("budget", [0, 10])
+def test_logits_that_are_not_numbers_end_a_text_in_one_clear_line(
+    model: PTPModel, budget: int, rule: SamplingRule
+) -> None:
+    """The base model goes wrong behind one token, which its text comes to in time."""
+    request = make_request(model.base_model, PROMPT, 40, seed=1)
+    text = decode_plainly(model.base_model, request, rule)
+    broken = next(token for token in text if token not in PROMPT)
+    model.base_model.set_input_embeddings(deepcopy(model.base_model.get_input_embeddings()))
+    model.base_model.get_input_embeddings().weight.data[broken] = torch.nan
+    behind = len(PROMPT) + text.index(broken) + 1
+    with pytest.raises(DecodingError, match=f"the base model's logits behind {behind} tokens are not numbers"):
+        decode_plainly(model.base_model, request, rule)
+    with pytest.raises(DecodingError, match=f"the base model's logits behind {behind} tokens are not numbers"):
+        Decoder(model, rule, budget).generate(PROMPT, 40, seed=1)
+
+
 def test_steps_stream_verified_tokens_as_they_are_settled(model: PTPModel) -> None:
     decoder = Decoder(model)
     request = make_request(model.base_model, PROMPT, 20, seed=2)

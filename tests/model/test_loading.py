@@ -57,6 +57,8 @@ def test_what_cannot_be_loaded_is_an_error_of_one_line(directory: Path, tmp_path
             load(str(name))
         assert str(name) in str(caught.value)
         assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"nor is there a directory some/model here"):
+        load_base_model("some/model")
     with pytest.raises(ConfigError, match=r"dtype must be auto, float32, bfloat16, float16; got 'int8'"):
         load_base_model(str(directory / "base"), "int8")
 

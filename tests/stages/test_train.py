@@ -279,6 +279,14 @@ def test_training_does_not_go_on_from_checkpoints_of_other_settings(
     assert files(finished.directory) == before
 
 
+def test_fewer_steps_than_were_trained_are_refused(finished: Experiment) -> None:
+    before = files(finished.directory)
+    with pytest.raises(ConfigError, match=r"checkpoint-4 is 4 steps of training, and 3 are asked for") as error:
+        train(changed(finished, "train.max_steps=3"))
+    assert "\n" not in str(error.value)
+    assert files(finished.directory) == before
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -40,6 +40,7 @@ def command(
     console.print(f"{(time.monotonic() - started) / 60:.1f} minutes", style="dim")
     if verification.count("mismatch"):
         raise typer.Exit(1)
+    note(f"next: ptp_generate {directory}")
 
 
 def make_base_model(directory: Path, size: DemoSize) -> None:

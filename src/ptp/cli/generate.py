@@ -68,6 +68,8 @@ def command(
     from ptp.model.ptp_model import PTPModel
     from ptp.sampling import SamplingRule
 
+    if " " in str(directory) and not directory.exists():
+        raise DecodingError(f'no such directory: {directory}; if it is a text to go on from: --prompt "{directory}"')
     adapter = find_adapter(directory)
     stored = read_settings(adapter)
     changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}

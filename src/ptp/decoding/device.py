@@ -143,7 +143,8 @@ def draft(
         going_on = model.continuation(reading.states_at(anchor).squeeze(1))[:, :num_states]
         states = torch.where(continued.unsqueeze(-1), going_on, states)
     logits = None if config.chain else reading.logits_at(index, drafter.logits_of)
-    return drafter(rules, states, logits, u, settled.bonus, before, continued)
+    # Some token in place of none: the host refuses to go on from that (`ptp.decoding.verification.chosen`).
+    return drafter(rules, states, logits, u, settled.bonus.clamp(min=0), before, continued)
 
 
 @dataclass(frozen=True)

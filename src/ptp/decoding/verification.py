@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 
 from ptp.decoding.requests import Request
 from ptp.errors import DecodingError
-from ptp.sampling import SamplingRule, pick, warp
+from ptp.sampling import NO_TOKEN, SamplingRule, pick, warp
 
 
 def processed(logits: Tensor, ids: Tensor, processors: LogitsProcessorList) -> Tensor:
@@ -39,13 +39,14 @@ def sampled(
 
     With processors a row is processed only when its token is asked for. Whoever stops asking behind a wrong draft or
     the text's end shows them what plain sampling does, and nothing else: so they may keep state, or fail on a text
-    that cannot be, as those of a grammar do. Raises `DecodingError` if they leave no token to choose.
+    that cannot be, as those of a grammar do. Raises `DecodingError` if they leave no token to choose, and where the
+    logits are not numbers.
     """
+    first = len(before) - len(logits) + 1
     if not processors:
-        yield from pick(warp(logits, rule), u[: len(logits)]).tolist()
+        yield from chosen(pick(warp(logits, rule), u[: len(logits)]).tolist(), first)
         return
     ids = torch.tensor(before, device=logits.device)
-    first = len(before) - len(logits) + 1
     for row in range(len(logits)):
         scores = processed(logits[row], ids[: first + row], processors)
         if not scores.max().isfinite():
@@ -54,6 +55,17 @@ def sampled(
                 f"{float(scores.max())}"
             )
         yield int(pick(warp(scores, rule), u[row]))
+
+
+def chosen(tokens: Iterable[int], num_before: int) -> Iterator[int]:
+    """Picked tokens, the first behind so many others; raises `DecodingError` at one that no logits picked."""
+    for num_tokens, token in enumerate(tokens, num_before):
+        if token == NO_TOKEN:
+            raise DecodingError(
+                f"the base model's logits behind {num_tokens} tokens are not numbers: its weights are damaged, or it "
+                "computes with numbers too large for float16; load it in bfloat16 or float32"
+            )
+        yield token
 
 
 def by_rule(rules: Sequence[SamplingRule], sample: Callable[..., list[Tensor]], *rows: Tensor) -> list[Tensor]:

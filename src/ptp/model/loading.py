@@ -118,4 +118,5 @@ def _loading(what: str, name: str) -> Iterator[None]:
                 "the model in Python with trust_remote_code=True and wrap it there (PTPModel)"
             ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"cannot load the {what} '{name}': {reason}") from error
+        nor_here = "" if Path(name).exists() else f" (nor is there a directory {name} here)"
+        raise ConfigError(f"cannot load the {what} '{name}': {reason}{nor_here}") from error

@@ -33,7 +33,7 @@ from ptp.sampling import SamplingRule
 from ptp.scaling import build_student
 from ptp.stages import Progress, unheard
 from ptp.stages.prepare import prepare
-from ptp.training.checkpoints import last_complete_checkpoint
+from ptp.training.checkpoints import last_complete_checkpoint, step_of
 from ptp.training.curves import Curve, curves
 from ptp.training.trainer import PTPTrainer, check_trackers
 
@@ -134,7 +134,6 @@ def train(
     check_vocabulary(data, cast(nn.Embedding, model.base_model.get_input_embeddings()).num_embeddings)
     model.rule = rule
     keep_settings(experiment, data, model.base_fingerprint)
-    experiment.record_run("train", data.fingerprint)
     trainer = PTPTrainer(
         model,
         settings,
@@ -148,7 +147,15 @@ def train(
         ),
     )
     write_events_to(experiment.events, trainer)
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(experiment.checkpoints))
+    last = last_complete_checkpoint(experiment.checkpoints)
+    if last is not None and step_of(last) > trainer.args.max_steps:
+        raise ConfigError(
+            f"{last} is {step_of(last)} steps of training, and {trainer.args.max_steps} are asked for "
+            "(train.max_steps or train.num_epochs): ask for as many or more to go on, or remove the checkpoints to "
+            "start over"
+        )
+    experiment.record_run("train", data.fingerprint)
+    trainer.train(resume_from_checkpoint=last)
     metrics = trainer.measure()
     metrics.tell(model)
     if trainer.args.should_save:

@@ -12,7 +12,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 def last_complete_checkpoint(directory: Path) -> str | None:
     """The newest checkpoint whose writing was not cut short; its trainer_state.json is written last."""
     complete = [path for path in directory.glob("checkpoint-*") if _is_json(path / TRAINER_STATE_NAME)]
-    return str(max(complete, key=lambda path: int(path.name.rpartition("-")[2]))) if complete else None
+    return str(max(complete, key=step_of)) if complete else None
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """The optimiser step a checkpoint was written at."""
+    return int(Path(checkpoint).name.rpartition("-")[2])
 
 
 def remove_incomplete_checkpoints(directory: Path) -> None:
