@@ -126,12 +126,14 @@ def lora_step(model: PreTrainedModel, setup: Setup) -> Step:
 
 def ptp_step(model: PreTrainedModel, setup: Setup) -> Step:
     """A step of PTP with stored intervals, as the Trainer of `ptp.training` makes it."""
-    ptp = PTPModel(model, PTPConfig(lora_rank=setup.rank, lora_alpha=setup.rank, window=WINDOW)).train()
+    config = PTPConfig(lora_rank=setup.rank, lora_alpha=setup.rank, window=WINDOW)
+    ptp = PTPModel(model, config).train()
     ptp.rule, ptp.gradient_checkpointing = RULE, setup.gradient_checkpointing
     if setup.device == "cuda":
         use_flex_attention(ptp.base_model)
     optimizer = torch.optim.AdamW([p for p in ptp.parameters() if p.requires_grad], lr=1e-4)
-    inputs, objective = ptp_batch(setup), Objective(RULE, torch.ones(WINDOW, device=setup.device))
+    inputs = ptp_batch(setup)
+    objective = Objective(RULE, torch.ones(WINDOW, device=setup.device), TrainConfig().kl_share(config))
     num_targets = objective.num_items(inputs, ptp)
 
     def step() -> None:
@@ -173,12 +175,17 @@ def ptp_multiplications(setup: Setup) -> float:
     """Those of a PTP step with stored intervals, for one sequence.
 
     The context goes forward only, without LoRA and head. Windows go both ways; the embedding of u, below the first
-    layer, learns.
+    layer, learns. Of each window position's draft and of the one without a position, chain and head go both ways; the
+    chain reads the tokens before them once. The teacher's head goes forward, once for both.
     """
     layers, adapters, head, key = _per_token(setup)
+    config = PTPConfig()
     keys = key * setup.length / 2
     own = key * WINDOW / 2
-    return setup.length * (layers + keys) + setup.num_positions * (2 * (layers + head) + 3 * (adapters + keys + own))
+    chain = setup.hidden_size * config.chain_size * (2 * config.num_kinds + config.chain)
+    heads = (2 * config.num_kinds + 1) * head
+    window = 2 * layers + heads + 3 * (adapters + keys + own + chain)
+    return setup.length * (layers + keys) + setup.num_positions * window
 
 
 def _per_token(setup: Setup) -> tuple[float, float, float, float]:

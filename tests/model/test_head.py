@@ -138,6 +138,23 @@ def test_no_more_logits_than_one_part_s_are_kept_for_the_backward_pass(
     assert hidden.grad is not None
 
 
+def test_rows_of_several_states_are_parted_by_their_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "ROWS", 4)
+    model, states = made(CONFIGS[0]).requires_grad_(False), torch.randn(7, 3, HIDDEN, requires_grad=True)
+    weights, sizes = torch.rand(7), []
+
+    def loss(logits: Tensor, part: slice) -> Tensor:
+        sizes.append(tuple(logits.shape))
+        return (logits.logsumexp(-1).sum(-1) * weights[part]).sum()
+
+    total = summed_loss(model, loss, states)
+    assert sizes == [(1, 3, VOCABULARY)] * 7
+    expected = loss(project(model, states), slice(None))
+    torch.testing.assert_close(total, expected)
+    (found,), (gradient,) = torch.autograd.grad(total, [states]), torch.autograd.grad(expected, [states])
+    torch.testing.assert_close(found, gradient)
+
+
 @pytest.mark.parametrize("learns", [False, True])
 def test_no_rows_have_loss_zero_and_gradient_zero(learns: bool) -> None:
     model = made(CONFIGS[0]).requires_grad_(learns)

@@ -99,14 +99,15 @@ def test_what_training_judges_is_what_the_decoder_drafts(
         output = model(**(batch | {"lower": 0 * everywhere, "upper": everywhere}))
         targets = targets_of(batch, torch.ones_like(batch["ids"], dtype=torch.bool), model, first=False)
         before = tokens_before(batch["ids"], batch["positions"], targets.index, config.chain)
-        states = model.chained(trained_states(output, batch, model, first=False), before)
-        own_u = output.u[..., 1 - config.lead :][..., : config.window]
+        states = model.chained(trained_states(output, batch, model, first=False), before.unsqueeze(-2))
+        own_u = output.u[..., 1 - config.lead :][..., : config.window, None]
         blur = None if model.blur is None else model.blur(states)
         proposed = propose(config, RULE, model.logits(states), own_u.expand(states.shape[:-1]), blur)
         predicted = [part[..., 0] for part in proposed]
-        # Windows first; what continues them, of the places behind their width.
+        # Those with positions first; those that continue, of the places behind the width.
         tokens, confidences = (
-            torch.cat([part[0, 0, : width + config.lead], part[0, -1, width + config.lead :]]) for part in predicted
+            torch.cat([part[0, 0, : width + config.lead, 0], part[0, 0, width + config.lead :, -1]])
+            for part in predicted
         )
         assert tokens[config.lead :].tolist() == text.drafts
         assert confidences[config.lead :].tolist() == pytest.approx(text.confidences, rel=1e-4)

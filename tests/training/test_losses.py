@@ -121,9 +121,11 @@ def loss_with(
     teacher_logits: Tensor | None = None,
     **settings: Any,
 ) -> WindowLoss:
-    """`window_loss` of states that are logits already."""
+    """`window_loss` of states that are logits already, and of one kind."""
+    if "blur" in settings:
+        settings["blur"] = settings["blur"].unsqueeze(3)
     return window_loss(
-        logits,
+        logits.unsqueeze(3),
         torch.zeros(2, 9, logits.shape[-1]) if teacher_logits is None else teacher_logits,
         targets,
         weights,
@@ -183,8 +185,8 @@ def test_a_soft_pick_is_judged_by_the_chance_that_its_own_u_picks_the_target(dis
     assert float(found.total) == pytest.approx(expected, rel=1e-4)
     assert found.predicted is not None
     tokens, confidences = soft_pick(logits, u, blur, rule)
-    assert torch.equal(found.predicted[0], tokens * targets.valid.unsqueeze(-1))
-    torch.testing.assert_close(found.predicted[1], confidences * targets.valid.unsqueeze(-1))
+    assert torch.equal(found.predicted[0].squeeze(3), tokens * targets.valid.unsqueeze(-1))
+    torch.testing.assert_close(found.predicted[1].squeeze(3), confidences * targets.valid.unsqueeze(-1))
 
 
 def test_of_a_soft_pick_the_blur_learns_all_and_the_distribution_what_the_teacher_leaves() -> None:
@@ -208,6 +210,35 @@ def test_of_a_soft_pick_the_blur_learns_all_and_the_distribution_what_the_teache
     exact = PTPConfig(variant="categorical", pick="exact")
     divergence = loss_with(exact, logits, targets, torch.ones(4), rule=rule, distillation=1.0).total
     torch.testing.assert_close(teacher[0], *torch.autograd.grad(divergence, [logits]))
+
+
+def test_kinds_of_drafts_are_judged_each_for_itself_by_one_teacher() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(2, 3, 4, 2, 7, generator=generator), random_targets(generator, 7)
+    u, blur = torch.rand(2, 3, 4, generator=generator), torch.rand(2, 3, 4, 2, generator=generator)
+    teacher, asked = torch.randn(2, 9, 7, generator=generator), []
+
+    def found(kinds: slice) -> WindowLoss:
+        return window_loss(
+            logits[:, :, :, kinds],
+            teacher,
+            targets,
+            0.8 ** torch.arange(4.0),
+            PTPConfig(variant="categorical", pick="soft"),
+            SamplingRule(temperature=0.7),
+            summed=lambda loss, *rows: loss(*rows, slice(None)),
+            logits_of=lambda rows: asked.append(len(rows)) or rows,
+            u=u,
+            blur=blur[..., kinds],
+            distillation=0.5,
+        )
+
+    both, first, second = (found(kinds) for kinds in (slice(2), slice(1), slice(1, 2)))
+    torch.testing.assert_close(both.total, first.total + second.total)
+    torch.testing.assert_close(both.cross_entropy, first.cross_entropy + second.cross_entropy)
+    for together, *apart in zip(both.predicted, first.predicted, second.predicted, strict=True):
+        torch.testing.assert_close(together, torch.cat(apart, dim=3))
+    assert asked == [int(targets.valid.sum())] * 3
 
 
 def test_nothing_is_predicted_where_no_u_is_given() -> None:

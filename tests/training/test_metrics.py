@@ -23,7 +23,7 @@ def batch(windows: list[str]) -> tuple[tuple[torch.Tensor, torch.Tensor], Target
     # The k-th output of a window is proposed with confidence 0.1·k + 0.02, in bin 2·k.
     confidences = (0.1 * torch.arange(token_ids.shape[-1]) + 0.02).expand(token_ids.shape)
     targets = Targets(torch.full_like(token_ids, 5), torch.ones_like(token_ids), valid, in_span)
-    return (token_ids.unsqueeze(-1), confidences.unsqueeze(-1)), targets
+    return (token_ids[..., None, None], confidences[..., None, None]), targets
 
 
 def measured(config: PTPConfig, *batches: list[str], losses: tuple[float, ...] = (20.0,)) -> WindowMetrics:
@@ -76,8 +76,8 @@ def test_drafts_of_one_hot_windows_are_counted_apart_where_the_first_output_is_w
 def test_second_candidates_count_where_the_first_is_the_first_to_be_wrong() -> None:
     (tokens, confidences), targets = batch(WINDOWS)
     # The second candidate is right in the second window and in the last; there the first draft is wrong already.
-    second = torch.tensor([[[8, 8, 8]], [[8, 5, 8]], [[8, 8, 8]], [[8, 8, 5]]]).unsqueeze(-1)
-    predicted = torch.cat([tokens, second], dim=-1), confidences.repeat(1, 1, 1, 2) / 2
+    second = torch.tensor([[[8, 8, 8]], [[8, 5, 8]], [[8, 8, 8]], [[8, 8, 5]]])[..., None, None]
+    predicted = torch.cat([tokens, second], dim=-1), confidences.repeat(1, 1, 1, 1, 2) / 2
     metrics = WindowMetrics.of(predicted, targets, torch.tensor(20.0), torch.tensor(7), CATEGORICAL)
     assert (float(metrics.missed), float(metrics.second_right), metrics.second) == (2, 1, 0.5)
     assert metrics.survival == measured(CATEGORICAL, WINDOWS).survival
@@ -86,10 +86,8 @@ def test_second_candidates_count_where_the_first_is_the_first_to_be_wrong() -> N
 
 def test_drafts_without_positions_are_counted_apart() -> None:
     windows, continued = ["rrr", "rwr", "rr.", "wmr"], ["wrr", "rrw", "rw.", "rmw"]
-    (tokens, confidences), targets = batch([*windows, *continued])
-    # One row of four windows; what continues none stands behind them.
-    predicted = tokens.view(1, 8, 3, 1), confidences.reshape(1, 8, 3, 1)
-    targets = Targets(*(part.view(1, 8, 3) for part in vars(targets).values()))
+    (first, targets), (second, _) = batch(windows), batch(continued)
+    predicted = tuple(torch.cat(parts, dim=3) for parts in zip(first, second, strict=True))
     metrics = WindowMetrics.of(predicted, targets, torch.tensor(20.0), torch.tensor(7), CONTINUED)
     alone = measured(CATEGORICAL, windows)
     assert (metrics.survival, metrics.accuracy) == (alone.survival, alone.accuracy)

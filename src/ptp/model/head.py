@@ -6,6 +6,7 @@ rows of logits, or each row only for a moment, asks for them here, and the whole
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,10 +21,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from ptp.sampling import LogitsOf
 
 ROWS = 512
-"""Rows of logits in memory at a time."""
+"""Logits of so many states are in memory at a time."""
 
 RowLoss = Callable[..., Tensor]
-"""Loss, a sum, of some rows: their logits (R, V), further numbers of theirs, each (R,), and which they are, a slice."""
+"""Loss, a sum, of some rows: their logits (R, ..., V), further numbers (R, ...), and which they are, a slice."""
 
 
 @dataclass
@@ -73,12 +74,13 @@ def output_head(base_model: PreTrainedModel) -> LogitsOf:
 
 
 def summed_loss(base_model: PreTrainedModel, row_loss: RowLoss, hidden: Tensor, *numbers: Tensor) -> Tensor:
-    """The sum of a loss over rows of hidden states (R, H), whose logits are made and forgotten `ROWS` at a time.
+    """The sum of a loss over rows of hidden states (R, ..., H), whose logits are made and forgotten part by part.
 
-    numbers: (R,), what else of a row the loss has a gradient in. With a frozen head, gradients are computed on the way,
-    so that no logits are made twice; with one that learns, they are made again in the backward pass.
+    numbers: (R, ...), what else of a row the loss has a gradient in. With a frozen head, gradients are computed on the
+    way, so that no logits are made twice; with one that learns, they are made again in the backward pass.
     """
-    parts = [slice(begin, begin + ROWS) for begin in range(0, len(hidden), ROWS)]
+    size = max(1, ROWS // math.prod(hidden.shape[1:-1]))
+    parts = [slice(begin, begin + size) for begin in range(0, len(hidden), size)]
 
     def loss_of(part: slice, states: Tensor, *own: Tensor) -> Tensor:
         return row_loss(project(base_model, states), *own, part)

@@ -1,6 +1,7 @@
 """Loss and metrics of a training pass, as pure functions of tensors (METHOD §3).
 
-Shapes: B sequences, S packed tokens, N windows of L positions, V vocabulary.
+Shapes: B sequences, S packed tokens, N windows of L positions, V vocabulary. K kinds of drafts for each position: with
+a position of their own and, where the model continues, without.
 """
 
 from __future__ import annotations
@@ -32,10 +33,6 @@ class Targets:
     valid: Tensor
     in_span: Tensor
 
-    def repeated(self, times: int) -> Targets:
-        """The same windows once more behind those of each row, so often in all: (B, times · N, L)."""
-        return Targets(*(part.repeat(1, times, 1) for part in vars(self).values()))
-
 
 def window_targets(ids: Tensor, span: Tensor, starts: Tensor, mass: Tensor, window: int, shift: int) -> Targets:
     """Targets of windows that start at `starts`: the position after each input's, start + shift + 1 + k.
@@ -61,8 +58,8 @@ class WindowLoss:
     """What windows lose and propose.
 
     total: () weighted sum over valid targets, with gradient. cross_entropy: () sum without weights or divergence.
-    predicted: (B, N, L, C) int64 proposed tokens and float32 confidences, the likeliest of C candidates first, 0 where
-    no target is valid; None where none were asked for.
+    predicted: (B, N, L, K, C) int64 proposed tokens and float32 confidences, the likeliest of C candidates first, 0
+    where no target is valid; None where none were asked for.
     """
 
     total: Tensor
@@ -89,17 +86,20 @@ def window_loss(
     With a soft pick P(target) is the chance that u picks it. That term counts in full, for the blur has no other; the
     share d of its gradient in the window's distribution is left out.
 
-    windows: (B, N, L, H), context: (B, S, H), hidden states of windows and base model; weights: (L,). summed: sums a
-    loss over rows of hidden states and of further numbers, and `logits_of` makes logits of the context's, both a part
-    at a time. u: (B, N, L), of the targets; without it nothing is proposed. blur: (B, N, L), for a soft pick. The
-    teacher's distribution is the rule's, in the row before a target.
+    windows: (B, N, L, K, H), context: (B, S, H), hidden states of windows and base model; weights: (L,). summed: sums
+    a loss over rows of hidden states and of further numbers, and `logits_of` makes logits of the context's, both a part
+    at a time. u: (B, N, L), of the targets; without it nothing is proposed. blur: (B, N, L, K), for a soft pick. The
+    teacher's distribution is the rule's, in the row before a target, for all kinds of drafts of which it is made once.
     """
     # Once: how many there are is known on the device alone, and each look waits for it.
     valid = sequence, _, index = torch.nonzero(targets.valid, as_tuple=True)
-    tokens, share, before = targets.token_ids[valid], weights[index], targets.index[valid] - 1
-    entropies = torch.zeros_like(share)
-    proposed, confidences = (part.new_zeros(len(part), config.num_candidates) for part in (tokens, share))
-    numbers = u[valid] if u is not None else None
+    states, before = windows[valid], targets.index[valid] - 1
+    num_kinds = states.shape[1]
+    tokens = targets.token_ids[valid].unsqueeze(1).expand(-1, num_kinds)
+    share = weights[index].unsqueeze(1)
+    entropies = share.new_zeros(tokens.shape)
+    proposed, confidences = (part.new_zeros(*tokens.shape, config.num_candidates) for part in (tokens, share))
+    numbers = u[valid].unsqueeze(1).expand(-1, num_kinds) if u is not None else None
     # C-PTP's windows are warped by the rule when they are used; the loss sees them so.
     temperature = rule.temperature if config.variant == "categorical" and rule.temperature > 0 else 1.0
 
@@ -114,12 +114,13 @@ def window_loss(
                 _slowed(logits, 1 - distillation), tokens[part], numbers[part], own[0], rule
             )
         else:
-            entropy = F.cross_entropy(scores, tokens[part], reduction="none")
+            entropy = F.cross_entropy(scores.flatten(0, 1), tokens[part].flatten(), reduction="none")
+            entropy = entropy.view(tokens[part].shape)
             losses = (1 - distillation) * entropy
         if distillation > 0:
             with torch.no_grad():
                 teacher = warp(logits_of(context[sequence[part], before[part]]), rule).dense(scores.shape[-1])
-            losses = losses + distillation * divergence(scores, teacher)
+            losses = losses + distillation * divergence(scores, teacher.unsqueeze(1))
         total = (losses * share[part]).sum()
         # Last, for a backward pass that makes the logits again stops where it has what it needs.
         with torch.no_grad():
@@ -131,10 +132,10 @@ def window_loss(
                 proposed[part], confidences[part] = propose(config, rule, logits, numbers[part], blurs, totals)
         return total
 
-    total = summed(loss, windows[valid], *([blur[valid]] if blur is not None else []))
+    total = summed(loss, states, *([blur[valid]] if blur is not None else []))
 
     def placed(values: Tensor) -> Tensor:
-        return values.new_zeros(*targets.valid.shape, config.num_candidates).index_put(valid, values)
+        return values.new_zeros(*targets.valid.shape, *values.shape[1:]).index_put(valid, values)
 
     predicted = (placed(proposed), placed(confidences)) if u is not None else None
     return WindowLoss(total, entropies.sum(), predicted)
@@ -148,5 +149,5 @@ def _slowed(values: Tensor, share: float) -> Tensor:
 
 
 def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of each row. logits: (R, V), the student's; teacher: (R, V) probabilities; returns (R,)."""
+    """KL(teacher ‖ student), (...). logits: (..., V), the student's; teacher: probabilities, broadcast against them."""
     return (torch.xlogy(teacher, teacher) - teacher * F.log_softmax(logits, dim=-1)).sum(-1)

@@ -23,7 +23,8 @@ class WindowMetrics:
     drafts with positions and, if there are such, of continued ones. sure_right, sure_tried: (curves, NUM_BINS) the same
     drafts by the curve of `Calibration` and the bin of their confidence, of windows whose first token has a target.
     missed, second_right: () drafts tried that are wrong, and those of them whose second candidate is right.
-    cross_entropy, scored: () its sum over valid targets, and how many they are. masked: () targets without mass.
+    cross_entropy, scored: () its sum over valid targets, once for each kind, and how many terms it has. masked: ()
+    targets without mass.
     tokens: () tokens read.
     """
 
@@ -58,23 +59,22 @@ class WindowMetrics:
     ) -> WindowMetrics:
         """Count a batch.
 
-        predicted: tokens and confidences, each (B, kinds · N, L, candidates), windows and the likeliest first, or None
-        for targets that are not judged. cross_entropy, tokens: ().
+        predicted: tokens and confidences, each (B, N, L, kinds, candidates), the likeliest first, or None for targets
+        that are not judged. cross_entropy, tokens: ().
         """
         unjudged = replace(
             cls.zeros(config),
             cross_entropy=cross_entropy.detach().float(),
-            scored=targets.valid.sum().float(),
+            scored=config.num_kinds * targets.valid.sum().float(),
             masked=(targets.in_span & ~targets.valid).sum().float(),
             tokens=tokens.float(),
         )
         if predicted is None:
             return unjudged
         # (B, kinds, N, L)
-        apart = (config.num_kinds, -1)
-        candidates, confidences = predicted[0].unflatten(1, apart), predicted[1][..., 0].unflatten(1, apart)
-        all_valid = targets.valid.unflatten(1, apart)
-        hits = (candidates == targets.token_ids.unflatten(1, apart).unsqueeze(-1)) & all_valid.unsqueeze(-1)
+        candidates, confidences = predicted[0].movedim(3, 1), predicted[1][..., 0].movedim(3, 1)
+        all_valid = targets.valid.unsqueeze(1).expand(confidences.shape)
+        hits = (candidates == targets.token_ids[:, None, ..., None]) & all_valid.unsqueeze(-1)
         right, others = hits[..., 0], hits[..., 1:].any(-1)
         drafted, valid = right[..., config.lead :].long(), all_valid[..., config.lead :]
         run = drafted.cumprod(-1)
@@ -160,13 +160,13 @@ class WindowMetrics:
 
     @property
     def num_targets(self) -> int:
-        """Valid targets of the windows; what continues them has the same."""
+        """Valid targets."""
         return int(self.scored) // len(self.survived)
 
     @property
     def num_masked(self) -> int:
-        """Targets the sampling rule gives no mass, counted as `num_targets` are."""
-        return int(self.masked) // len(self.survived)
+        """Targets the sampling rule gives no mass."""
+        return int(self.masked)
 
     @property
     def mean_loss(self) -> float:

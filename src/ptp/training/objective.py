@@ -53,7 +53,8 @@ class Objective:
         """() the summed weights of a batch's targets, with those to which the rule will turn out to give no mass."""
         everything = torch.ones_like(batch["span"], dtype=torch.bool)
         targets = targets_of(batch, everything, model, self.learns_first(model))
-        return (targets.in_span * self.target_weights(model).to(batch["span"].device)).sum()
+        weights = self.target_weights(model).to(batch["span"].device)
+        return (targets.in_span * weights).sum() * model.ptp_config.num_kinds
 
 
 def measured_pass(model: nn.Module, batch: dict[str, Tensor], objective: Objective) -> tuple[Tensor, WindowMetrics]:
@@ -66,25 +67,27 @@ def measured_pass(model: nn.Module, batch: dict[str, Tensor], objective: Objecti
 
 
 def targets_of(batch: dict[str, Tensor], mass: Tensor, model: PTPModel, first: bool) -> Targets:
-    """What the windows of a batch should predict, (B, N, K): K = L, or L + 1 with their first tokens.
+    """What the windows of a batch should predict, (B, N, L), or (B, N, L + 1) with their first tokens.
 
-    Where the model continues, what it should without their positions stands behind them, (B, 2 N, L). mass: (B, S)
-    bool, whether the rule gives a token any.
+    mass: (B, S) bool, whether the rule gives a token any.
     """
     config = model.ptp_config
-    targets = window_targets(
+    return window_targets(
         batch["ids"], batch["span"], batch["starts"], mass, config.window + first, config.shift - first
     )
-    return targets.repeated(config.num_kinds)
 
 
 def trained_states(output: TrainingPass, batch: dict[str, Tensor], model: PTPModel, first: bool) -> Tensor:
-    """The hidden states (B, N, K, H), or (B, 2 N, L, H), that predict the targets of `targets_of`."""
+    """The hidden states (B, N, ≥ L, kinds, H) that predict the targets of `targets_of`.
+
+    Of each target that of a window's position and, where the model continues, the one it has without.
+    """
     windows = output.windows.unflatten(1, (-1, model.ptp_config.window))
     anchor = states_before(batch["starts"], output.context)
-    if model.continuation is not None:
-        return torch.cat([windows, model.continuation(anchor)], dim=1)
-    return torch.cat([anchor.unsqueeze(2), windows], dim=2) if first else windows
+    if first:
+        windows = torch.cat([anchor.unsqueeze(2), windows], dim=2)
+    kinds = [windows] if model.continuation is None else [windows, model.continuation(anchor)]
+    return torch.stack(kinds, dim=3)
 
 
 def _measure(
@@ -93,8 +96,8 @@ def _measure(
     config, rule, first = model.ptp_config, objective.rule, objective.learns_first(model)
     targets = targets_of(batch, output.mass, model, first)
     before = tokens_before(batch["ids"], batch["positions"], targets.index, config.chain)
-    states = model.chained(trained_states(output, batch, model, first), before)
-    u = output.u[..., config.shift + 1 :][..., : config.window].repeat(1, config.num_kinds, 1)
+    states = model.chained(trained_states(output, batch, model, first), before.unsqueeze(-2))
+    u = output.u[..., config.shift + 1 :][..., : config.window]
     loss = window_loss(
         states,
         output.context,
