@@ -1,6 +1,6 @@
 """`pick` for a distribution that may be a little wrong: edges of intervals are not trusted to the last digit.
 
-    logits ── soft_intervals(rule) ──► [lower, upper) of every token ── chance(u, blur) ──► how likely u picks it
+    logits ── probabilities, upper_edges ──► [lower, upper) of every token ── chance(u, blur) ──► how likely u picks it
 
 A window only estimates the distribution that the base model will have. Where u lies near an edge of the estimate,
 either neighbour may be meant; where the estimate is poor, the likeliest token is a better guess than the one whose
@@ -18,33 +18,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ptp.sampling import SamplingRule
+from ptp.sampling import Order, SamplingRule
 
 LEAST_WIDTH = 1e-30
 """Of an interval, in a logarithm."""
 
+MOST_LIKELY = 64
+"""Tokens among which a soft pick chooses. Another one has at most a 64th of the probability: no blur that can be learnt
+is so small that u would pick it with a chance worth a draft, and passes over the whole vocabulary are what costs."""
 
-def soft_intervals(logits: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
-    """[lower, upper) of every token by its id, each (..., V) float32, in the rule's order and at its temperature.
 
-    logits: (..., V). What the rule truncates keeps its share: a window has learnt to give it little. At temperature 0
-    they are those of temperature 1, for a greedy rule asks for the likeliest token and has no intervals.
+def probabilities(logits: Tensor, rule: SamplingRule) -> Tensor:
+    """Of every token, (..., V) float32, at the rule's temperature; at temperature 0 those of temperature 1.
+
+    What the rule truncates keeps its share: a window has learnt to give it little.
     """
-    probs, upper = _shares(logits, rule)
-    return upper - probs, upper
+    return (logits.float() / (rule.temperature or 1.0)).softmax(-1)
 
 
-def _shares(logits: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
-    """Each token's probability and upper edge."""
-    probs = (logits.float() / (rule.temperature or 1.0)).softmax(-1)
-    if rule.order == "vocabulary":
-        return probs, probs.cumsum(-1)
-    if rule.order == "probability":
+def upper_edges(probs: Tensor, order: Order) -> Tensor:
+    """The upper end of every token's interval by its id, (..., V), in a rule's order; its width is its probability."""
+    if order == "vocabulary":
+        return probs.cumsum(-1)
+    if order == "probability":
         ids = probs.argsort(dim=-1, descending=True, stable=True)
     else:
-        ids = torch.tensor(rule.order, device=probs.device).expand_as(probs)
-    ordered = probs.gather(-1, ids)
-    return probs, torch.empty_like(probs).scatter(-1, ids, ordered.cumsum(-1))
+        ids = torch.tensor(order, device=probs.device).expand_as(probs)
+    return torch.empty_like(probs).scatter(-1, ids, probs.gather(-1, ids).cumsum(-1))
 
 
 def chance(lower: Tensor, upper: Tensor, u: Tensor, blur: Tensor) -> Tensor:
@@ -56,41 +56,32 @@ def chance(lower: Tensor, upper: Tensor, u: Tensor, blur: Tensor) -> Tensor:
     return inside / (torch.sigmoid((1 - u) / blur) - torch.sigmoid(-u / blur))
 
 
-def soft_pick(logits: Tensor, u: Tensor, blur: Tensor, rule: SamplingRule) -> tuple[Tensor, Tensor]:
-    """The two tokens that u most likely picks, and the chances that it does.
+def soft_pick(probs: Tensor, upper: Tensor | None, u: Tensor, blur: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the `MOST_LIKELY` tokens the two that u most likely picks, and the chances that it does.
 
-    logits: (..., V); u, blur: (...). Returns int64 and float32, each (..., 2), the likelier first. Under a greedy rule,
-    which looks at no u, the two likeliest and the chances that they are: σ(±(p₁ − p₂) / blur), for the difference of
-    their probabilities may be off by blur as edges may.
+    probs, upper: (..., V), of `probabilities` and `upper_edges`; u, blur: (...). Returns int64 and float32, each
+    (..., 2), the likelier first. A greedy rule has no intervals, hence no `upper`, and looks at no u: the two likeliest
+    and the chances that they are, σ(±(p₁ − p₂) / blur), for the difference of their probabilities may be off by blur as
+    edges may.
     """
-    if rule.temperature == 0:
-        best = logits.float().softmax(-1).topk(2, dim=-1)
+    if upper is None:
+        best = probs.topk(2, dim=-1)
         ahead = (best.values[..., 0] - best.values[..., 1]) / blur
         return best.indices, torch.stack([ahead, -ahead], dim=-1).sigmoid()
-    u, blur = u.unsqueeze(-1), blur.unsqueeze(-1)
-    if rule.order == "vocabulary":
-        # Each token's upper edge is the next one's lower: half the work of `chance`.
-        probs = (logits.float() / rule.temperature).softmax(-1)
-        below = torch.sigmoid((F.pad(probs, (1, 0)).cumsum(-1) - u) / blur)
-        best = below.diff(dim=-1).topk(2, dim=-1)
-        return best.indices, best.values / (below[..., -1:] - below[..., :1])
-    lower, upper = soft_intervals(logits, rule)
-    best = chance(lower, upper, u, blur).topk(2, dim=-1)
-    return best.indices, best.values
+    likely = probs.topk(min(MOST_LIKELY, probs.shape[-1]), dim=-1)
+    ends = upper.gather(-1, likely.indices)
+    best = chance(ends - likely.values, ends, u.unsqueeze(-1), blur.unsqueeze(-1)).topk(2, dim=-1)
+    return likely.indices.gather(-1, best.indices), best.values
 
 
-def negative_log_chance(logits: Tensor, tokens: Tensor, u: Tensor, blur: Tensor, rule: SamplingRule) -> Tensor:
-    """−log of the chance that u picks these tokens, (...), with gradient in logits (..., V) and blur (...).
+def negative_log_chance(probs: Tensor, upper: Tensor, tokens: Tensor, u: Tensor, blur: Tensor) -> Tensor:
+    """−log of the chance that u picks these tokens, (...), with gradient in probs, upper (..., V) and blur (...).
 
-    tokens: (...) int64; u: (...). A greedy rule has no u: it is the cross-entropy, whatever the blur.
+    tokens: (...) int64; u: (...).
     """
-    if rule.temperature == 0:
-        scores = logits.float()
-        # The blur's gradient is 0, not absent: every weight of a model that several processes train must have one.
-        return torch.logsumexp(scores, -1) - scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) + 0 * blur
-    share, upper = (values.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for values in _shares(logits, rule))
+    share, end = (values.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) for values in (probs, upper))
     whole = _log_between(torch.ones_like(u), 1 - u, blur)
-    return whole - _log_between(share, upper - u, blur)
+    return whole - _log_between(share, end - u, blur)
 
 
 def _log_between(width: Tensor, upper: Tensor, blur: Tensor) -> Tensor:

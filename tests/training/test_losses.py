@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ptp.config import PTPConfig
 from ptp.sampling import SamplingRule
-from ptp.soft_pick import soft_pick
-from ptp.training.losses import Targets, WindowLoss, window_loss, window_targets
+from ptp.soft_pick import probabilities, soft_pick, upper_edges
+from ptp.training.losses import Targets, WindowLoss, divergence, log_probabilities, window_loss, window_targets
 
 # Two documents and one padding position. The first ended by itself, 13 being its end token; the second was cut off.
 IDS = torch.tensor([[10, 11, 12, 13, 20, 21, 22, 0]])
@@ -184,7 +184,8 @@ def test_a_soft_pick_is_judged_by_the_chance_that_its_own_u_picks_the_target(dis
         expected += distillation * slow_divergence(logits / 0.7, teacher_logits, targets, 0.7, 7, weights)
     assert float(found.total) == pytest.approx(expected, rel=1e-4)
     assert found.predicted is not None
-    tokens, confidences = soft_pick(logits, u, blur, rule)
+    probs = probabilities(logits, rule)
+    tokens, confidences = soft_pick(probs, upper_edges(probs, rule.order), u, blur)
     assert torch.equal(found.predicted[0].squeeze(3), tokens * targets.valid.unsqueeze(-1))
     torch.testing.assert_close(found.predicted[1].squeeze(3), confidences * targets.valid.unsqueeze(-1))
 
@@ -208,8 +209,45 @@ def test_of_a_soft_pick_the_blur_learns_all_and_the_distribution_what_the_teache
     torch.testing.assert_close(both[0], 0.7 * labels[0] + 0.3 * teacher[0])
     # What the teacher leaves nothing of is the divergence alone.
     exact = PTPConfig(variant="categorical", pick="exact")
-    divergence = loss_with(exact, logits, targets, torch.ones(4), rule=rule, distillation=1.0).total
-    torch.testing.assert_close(teacher[0], *torch.autograd.grad(divergence, [logits]))
+    apart = loss_with(exact, logits, targets, torch.ones(4), rule=rule, distillation=1.0).total
+    torch.testing.assert_close(teacher[0], *torch.autograd.grad(apart, [logits]))
+
+
+def test_under_a_greedy_rule_the_blur_has_a_gradient_that_moves_it_nowhere() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(2, 3, 4, 7, generator=generator), random_targets(generator, 7)
+    u, blur = (torch.rand(2, 3, 4, generator=generator) for _ in range(2))
+    blur.requires_grad_()
+    config, weights = PTPConfig(variant="categorical", pick="soft"), torch.ones(4)
+    found = loss_with(config, logits, targets, weights, rule=SamplingRule(temperature=0), u=u, blur=blur)
+    assert float(found.total.detach()) == pytest.approx(slow_cross_entropy(logits, targets, weights), rel=1e-5)
+    found.total.backward()
+    assert torch.equal(blur.grad, torch.zeros_like(blur))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probabilities_are_those_of_log_softmax_and_so_are_their_gradients(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(5, 2, 11, generator=generator)).to(dtype).requires_grad_()
+    # A token may be asked for twice.
+    tokens, weights = torch.randint(11, (5, 2, 14), generator=generator), torch.rand(5, 2, 14, generator=generator)
+    found, probs = log_probabilities(logits, tokens, 0.7)
+    expected = (logits.float() / 0.7).log_softmax(-1)
+    torch.testing.assert_close(found, expected.gather(-1, tokens))
+    torch.testing.assert_close(probs, expected.exp())
+    assert not probs.requires_grad
+    gradients = [
+        torch.autograd.grad((each * weights).sum(), logits)[0] for each in (found, expected.gather(-1, tokens))
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_what_the_teacher_never_writes_may_have_no_probability_at_all() -> None:
+    log_probs = torch.tensor([0.5, 0.5, 0.0]).log().requires_grad_()
+    found = divergence(log_probs, torch.tensor([0.25, 0.75, 0.0]))
+    assert float(found.detach()) == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    (gradient,) = torch.autograd.grad(found, [log_probs])
+    assert gradient.tolist() == [-0.25, -0.75, 0]
 
 
 def test_kinds_of_drafts_are_judged_each_for_itself_by_one_teacher() -> None:

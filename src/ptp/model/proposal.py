@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from ptp.config import PTPConfig
 from ptp.sampling import SamplingRule, draw, warp
-from ptp.soft_pick import soft_pick
+from ptp.soft_pick import probabilities, soft_pick, upper_edges
 
 UNKNOWN = -1
 """In place of a token's id: there is none, for the text has just begun."""
@@ -126,7 +126,9 @@ def propose(
         return best.indices, (best.values - totals.unsqueeze(-1)).exp()
     if config.picks_softly:
         assert blur is not None, "a soft pick needs its blur"
-        tokens, chances = soft_pick(logits, u, blur, rule)
+        probs = probabilities(logits, rule)
+        upper = None if rule.temperature == 0 else upper_edges(probs, rule.order)
+        tokens, chances = soft_pick(probs, upper, u, blur)
         return tokens[..., : config.num_candidates], chances[..., : config.num_candidates]
     distribution = warp(logits, rule)
     # No u lies in an interval that is no number; that there are such, the loss will tell.

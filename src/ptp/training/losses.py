@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
 from ptp.config import PTPConfig
 from ptp.model.proposal import propose
 from ptp.sampling import LogitsOf, SamplingRule, warp
-from ptp.soft_pick import negative_log_chance
+from ptp.soft_pick import negative_log_chance, probabilities, soft_pick, upper_edges
 
 
 @dataclass(frozen=True)
@@ -105,31 +105,42 @@ def window_loss(
 
     def loss(logits: Tensor, *rest: Any) -> Tensor:
         *own, part = rest
-        scores = logits.float()
-        if temperature != 1.0:  # the largest tensors there are: each pass over them counts
-            scores = scores / temperature
-        if own:
-            assert numbers is not None
-            losses = entropy = negative_log_chance(
-                _slowed(logits, 1 - distillation), tokens[part], numbers[part], own[0], rule
-            )
-        else:
-            entropy = F.cross_entropy(scores.flatten(0, 1), tokens[part].flatten(), reduction="none")
-            entropy = entropy.view(tokens[part].shape)
-            losses = (1 - distillation) * entropy
+        asked = tokens[part].unsqueeze(-1)
         if distillation > 0:
             with torch.no_grad():
-                teacher = warp(logits_of(context[sequence[part], before[part]]), rule).dense(scores.shape[-1])
-            losses = losses + distillation * divergence(scores, teacher.unsqueeze(1))
+                teacher = warp(logits_of(context[sequence[part], before[part]]), rule)
+            asked = torch.cat([asked, teacher.token_ids.unsqueeze(1).expand(-1, num_kinds, -1)], dim=-1)
+        log_probs, probs = log_probabilities(logits, asked, temperature)
+        entropy = -log_probs[..., 0]
+        losses = (1 - distillation) * entropy
+        if own:
+            assert numbers is not None, "a soft pick has its u"
+            (blurs,), u_of_part = own, numbers[part]
+            upper = None if rule.temperature == 0 else upper_edges(probs, rule.order)
+            if upper is None:
+                # The blur's gradient is 0, not absent: every weight that several processes train must have one.
+                losses = _slowed(entropy, 1 - distillation) + 0 * blurs
+            else:
+                shares, edges = probs, upper
+                if distillation < 1:
+                    shares = probabilities(_slowed(logits, 1 - distillation), rule)
+                    edges = upper_edges(shares, rule.order)
+                losses = negative_log_chance(shares, edges, tokens[part], u_of_part, blurs)
+            entropy = losses
+        if distillation > 0:
+            losses = losses + distillation * divergence(log_probs[..., 1:], teacher.probs.unsqueeze(1))
         total = (losses * share[part]).sum()
         # Last, for a backward pass that makes the logits again stops where it has what it needs.
         with torch.no_grad():
             entropies[part] = entropy
-            if numbers is not None:
+            if own:
+                found = soft_pick(probs, upper, u_of_part, blurs)
+            elif numbers is not None:
                 # Cross-entropy has made this sum over the vocabulary; another pass would be felt.
-                totals = None if own else entropy + scores.gather(-1, tokens[part].unsqueeze(-1)).squeeze(-1)
-                blurs = own[0] if own else None
-                proposed[part], confidences[part] = propose(config, rule, logits, numbers[part], blurs, totals)
+                totals = entropy + logits.gather(-1, asked[..., :1]).squeeze(-1).float()
+                found = propose(config, rule, logits, numbers[part], totals=totals)
+            if numbers is not None:
+                proposed[part], confidences[part] = (each[..., : config.num_candidates] for each in found)
         return total
 
     total = summed(loss, states, *([blur[valid]] if blur is not None else []))
@@ -148,6 +159,40 @@ def _slowed(values: Tensor, share: float) -> Tensor:
     return values * share + values.detach() * (1 - share)
 
 
-def divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher ‖ student), (...). logits: (..., V), the student's; teacher: probabilities, broadcast against them."""
-    return (torch.xlogy(teacher, teacher) - teacher * F.log_softmax(logits, dim=-1)).sum(-1)
+def divergence(log_probs: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher ‖ student), (...), of the tokens to which the teacher may give mass, (..., M).
+
+    log_probs: the student's; teacher: probabilities, broadcast against them.
+    """
+    return torch.where(teacher > 0, torch.xlogy(teacher, teacher) - teacher * log_probs, 0).sum(-1)
+
+
+def log_probabilities(logits: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of some tokens, (..., M), and all probabilities, (..., V), which have no gradient; float32.
+
+    logits: (..., V); token_ids: (..., M). As `log_softmax` and `gather` of logits / temperature, in fewer passes over
+    the vocabulary: there and back, they are most of what a step of a large one costs.
+    """
+    log_probs, probs = _LogProbabilities.apply(logits, token_ids, temperature)
+    return log_probs, probs
+
+
+class _LogProbabilities(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        scores = logits.to(torch.float32, copy=True).div_(temperature).log_softmax(-1)
+        log_probs, probs = scores.gather(-1, token_ids), scores.exp_()
+        ctx.save_for_backward(probs, token_ids)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        ctx.mark_non_differentiable(probs)
+        # Else zeros would be made for the gradient that probs has none of.
+        ctx.set_materialize_grads(False)
+        return log_probs, probs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        probs, token_ids = ctx.saved_tensors
+        gradient = grad_outputs[0] / ctx.temperature
+        total = gradient.sum(-1, keepdim=True)
+        return (-total * probs).scatter_add_(-1, token_ids, gradient).to(ctx.dtype), None, None
