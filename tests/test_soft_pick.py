@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ptp import soft_pick as module
 from ptp.sampling import SamplingRule, interval, pick, warp
-from ptp.soft_pick import MOST_LIKELY, chance, negative_log_chance, probabilities, soft_pick, upper_edges
+from ptp.soft_pick import MOST_LIKELY, chances, negative_log_chance, probabilities, soft_pick, upper_edges
 
 VOCAB = 12
 PERMUTATION = tuple(int(i) for i in torch.randperm(VOCAB, generator=torch.Generator().manual_seed(0)))
@@ -67,7 +67,7 @@ def test_without_blur_it_is_the_pick(seed: int, order: str | tuple[int, ...]) ->
 def test_with_much_blur_chances_are_the_distribution(seed: int, order: str | tuple[int, ...]) -> None:
     logits, u = drawn(seed)
     lower, upper = intervals_of(logits, SamplingRule(order=order))
-    found = chance(lower, upper, u[:, None], torch.tensor(100.0))
+    found = chances(upper - lower, upper, u, torch.full_like(u, 100.0))
     torch.testing.assert_close(found, logits.softmax(-1), atol=2e-3, rtol=0)
 
 
@@ -75,7 +75,7 @@ def test_with_much_blur_chances_are_the_distribution(seed: int, order: str | tup
 def test_chances_of_all_tokens_sum_to_one(seed: int, blur: float, order: str | tuple[int, ...]) -> None:
     logits, u = drawn(seed)
     lower, upper = intervals_of(logits, SamplingRule(order=order))
-    found = chance(lower, upper, u[:, None], torch.tensor(blur))
+    found = chances(upper - lower, upper, u, torch.full_like(u, blur))
     torch.testing.assert_close(found.sum(-1), torch.ones(len(u)), atol=1e-3, rtol=0)
     assert (found >= 0).all()
 
@@ -95,12 +95,12 @@ def test_the_two_that_are_picked_are_the_two_of_the_greatest_chance(
 ) -> None:
     logits, u = drawn(seed)
     rule, blurs = SamplingRule(order=order, temperature=0.7), torch.full_like(u, blur)
-    tokens, chances = picked(logits, u, blurs, rule)
+    tokens, found = picked(logits, u, blurs, rule)
     lower, upper = intervals_of(logits, rule)
-    every = chance(lower, upper, u[:, None], blurs[:, None])
+    every = chances(upper - lower, upper, u, blurs)
     assert (tokens[:, 0] != tokens[:, 1]).all()
-    torch.testing.assert_close(chances, every.topk(2).values, atol=1e-5, rtol=0)
-    torch.testing.assert_close(chances, every.gather(1, tokens), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, every.topk(2).values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, every.gather(1, tokens), atol=1e-5, rtol=0)
 
 
 @given(SEEDS, ORDERS, st.integers(2, VOCAB))
@@ -108,11 +108,11 @@ def test_only_the_likeliest_tokens_are_picked(seed: int, order: str | tuple[int,
     logits, u = drawn(seed)
     rule, blurs = SamplingRule(order=order), torch.full_like(u, 0.01)
     with mock.patch.object(module, "MOST_LIKELY", most):
-        _, chances = picked(logits, u, blurs, rule)
+        _, found = picked(logits, u, blurs, rule)
     lower, upper = intervals_of(logits, rule)
-    every = chance(lower, upper, u[:, None], blurs[:, None])
+    every = chances(upper - lower, upper, u, blurs)
     among = every.masked_fill(logits < logits.topk(most).values[:, -1:], -1)
-    torch.testing.assert_close(chances, among.topk(2).values, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, among.topk(2).values, atol=1e-5, rtol=0)
 
 
 def test_what_is_left_out_of_a_large_vocabulary_is_worth_no_draft() -> None:
@@ -122,11 +122,11 @@ def test_what_is_left_out_of_a_large_vocabulary_is_worth_no_draft() -> None:
     blurs = torch.full_like(u, 0.02)
     lower, upper = intervals_of(logits, SamplingRule())
     assert (upper - lower).topk(MOST_LIKELY).values.sum(-1).mean() < 0.6
-    every = chance(lower, upper, u[:, None], blurs[:, None]).max(-1)
-    tokens, chances = picked(logits, u, blurs, SamplingRule())
+    every = chances(upper - lower, upper, u, blurs).max(-1)
+    tokens, found = picked(logits, u, blurs, SamplingRule())
     left_out = tokens[:, 0] != every.indices
     assert (every.values[left_out] < 0.1).all()
-    assert (every.values - chances[:, 0]).mean() < 0.01
+    assert (every.values - found[:, 0]).mean() < 0.01
 
 
 @given(SEEDS, st.floats(1e-3, 10), st.floats(0, 1, exclude_max=True))
@@ -175,13 +175,13 @@ def test_a_greedy_token_is_the_surer_the_further_the_second_is_behind_it_for_the
 
 def test_one_token_s_chances_by_hand() -> None:
     # Two tokens with a half each, u at the edge between them: either is as likely, whatever the blur.
-    lower, upper = torch.tensor([0.0, 0.5]), torch.tensor([0.5, 1.0])
+    widths, upper = torch.tensor([0.5, 0.5]), torch.tensor([0.5, 1.0])
     for blur in (0.01, 0.1, 1.0):
-        assert chance(lower, upper, torch.tensor(0.5), torch.tensor(blur)).tolist() == pytest.approx([0.5, 0.5])
+        assert chances(widths, upper, torch.tensor(0.5), torch.tensor(blur)).tolist() == pytest.approx([0.5, 0.5])
     # A blur of 0.1 and u 0.1 in front of the edge: σ(1) of the way, but for what the ends cut off.
     ends = torch.sigmoid(torch.tensor(6.0)) - torch.sigmoid(torch.tensor(-4.0))
     expected = (torch.sigmoid(torch.tensor(1.0)) - torch.sigmoid(torch.tensor(-4.0))) / ends
-    found = chance(lower, upper, torch.tensor(0.4), torch.tensor(0.1))
+    found = chances(widths, upper, torch.tensor(0.4), torch.tensor(0.1))
     assert found.tolist() == pytest.approx([float(expected), 1 - float(expected)])
 
 

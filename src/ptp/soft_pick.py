@@ -1,6 +1,6 @@
 """`pick` for a distribution that may be a little wrong: edges of intervals are not trusted to the last digit.
 
-    logits ── probabilities, upper_edges ──► [lower, upper) of every token ── chance(u, blur) ──► how likely u picks it
+    logits ── probabilities, upper_edges ──► [lower, upper) of every token ── soft_pick(u, blur) ──► two, and chances
 
 A window only estimates the distribution that the base model will have. Where u lies near an edge of the estimate,
 either neighbour may be meant; where the estimate is poor, the likeliest token is a better guess than the one whose
@@ -24,8 +24,8 @@ LEAST_WIDTH = 1e-30
 """Of an interval, in a logarithm."""
 
 MOST_LIKELY = 64
-"""Tokens among which a soft pick chooses. Another one has at most a 64th of the probability: no blur that can be learnt
-is so small that u would pick it with a chance worth a draft, and passes over the whole vocabulary are what costs."""
+"""Tokens among which a soft pick chooses. Another one has at most a 64th of the probability, and edges are hardly ever
+known so well that it would be worth a draft; passes over the whole vocabulary are what a pick costs."""
 
 
 def probabilities(logits: Tensor, rule: SamplingRule) -> Tensor:
@@ -47,13 +47,17 @@ def upper_edges(probs: Tensor, order: Order) -> Tensor:
     return torch.empty_like(probs).scatter(-1, ids, probs.gather(-1, ids).cumsum(-1))
 
 
-def chance(lower: Tensor, upper: Tensor, u: Tensor, blur: Tensor) -> Tensor:
-    """The chance that u picks what has the interval [lower, upper), if edges are off by `blur`. All are broadcast.
+def chances(widths: Tensor, upper: Tensor, u: Tensor, blur: Tensor) -> Tensor:
+    """The chances that u picks tokens whose intervals are so wide and end there, (..., M), if edges are off by `blur`.
 
-    Chances of all tokens sum to 1: the edges at 0 and 1 are where they are.
+    widths, upper: (..., M); u, blur: (...). Those of all tokens sum to 1: the edges at 0 and 1 are where they are.
     """
-    inside = torch.sigmoid((upper - u) / blur) - torch.sigmoid((lower - u) / blur)
-    return inside / (torch.sigmoid((1 - u) / blur) - torch.sigmoid(-u / blur))
+    # Behind the tokens stands the whole of [0, 1): chances are shares of what its edges leave.
+    widths, upper = (F.pad(values, (0, 1), value=1.0) for values in (widths, upper))
+    blur = blur.unsqueeze(-1)
+    end = (upper - u.unsqueeze(-1)) / blur
+    inside = end.sigmoid() - (end - widths / blur).sigmoid()
+    return inside[..., :-1] / inside[..., -1:]
 
 
 def soft_pick(probs: Tensor, upper: Tensor | None, u: Tensor, blur: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,8 +73,7 @@ def soft_pick(probs: Tensor, upper: Tensor | None, u: Tensor, blur: Tensor) -> t
         ahead = (best.values[..., 0] - best.values[..., 1]) / blur
         return best.indices, torch.stack([ahead, -ahead], dim=-1).sigmoid()
     likely = probs.topk(min(MOST_LIKELY, probs.shape[-1]), dim=-1)
-    ends = upper.gather(-1, likely.indices)
-    best = chance(ends - likely.values, ends, u.unsqueeze(-1), blur.unsqueeze(-1)).topk(2, dim=-1)
+    best = chances(likely.values, upper.gather(-1, likely.indices), u, blur).topk(2, dim=-1)
     return likely.indices.gather(-1, best.indices), best.values
 
 
