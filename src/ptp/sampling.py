@@ -116,11 +116,6 @@ class Distribution:
     probs: Tensor
     upper: Tensor
 
-    def dense(self, vocab_size: int) -> Tensor:
-        """Probabilities as a (..., vocab_size) tensor."""
-        shape = (*self.probs.shape[:-1], vocab_size)
-        return self.probs.new_zeros(shape).scatter_add_(-1, self.token_ids, self.probs)
-
 
 def warp(logits: Tensor, rule: SamplingRule) -> Distribution:
     """The distribution the rule samples from, for logits of shape (..., V).

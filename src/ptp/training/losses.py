@@ -164,7 +164,7 @@ def divergence(log_probs: Tensor, teacher: Tensor) -> Tensor:
 
     log_probs: the student's; teacher: probabilities, broadcast against them.
     """
-    return torch.where(teacher > 0, torch.xlogy(teacher, teacher) - teacher * log_probs, 0).sum(-1)
+    return torch.where(teacher == 0, 0, teacher * (teacher.log() - log_probs)).sum(-1)
 
 
 def log_probabilities(logits: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
