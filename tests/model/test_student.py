@@ -3,6 +3,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -29,10 +30,10 @@ from ptp.errors import AdapterError, ConfigError
 from ptp.evaluation.experiment_report import verify_experiment
 from ptp.experiment import Experiment, ExperimentConfig
 from ptp.model.adapter import fingerprint, read_settings
-from ptp.model.proposal import propose
 from ptp.model.ptp_model import PTPModel
 from ptp.model.student import StudentModel
 from ptp.scaling import build_student
+from ptp.soft_pick import soft_pick
 from ptp.stages import train as stage
 from ptp.stages.pregenerate import import_completions, pregenerate
 from ptp.stages.train import read_training_result, train
@@ -130,16 +131,11 @@ def test_a_student_learns_as_if_each_window_and_the_context_it_reads_were_one_se
 def test_what_the_backward_pass_computes_again_is_not_counted_again(
     new_student: Callable, documents: Documents, random_adapter: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judged: list[int] = []
-
-    def counted(config: PTPConfig, rule: Any, logits: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
-        judged.append(len(logits))
-        return propose(config, rule, logits, *given)
-
-    monkeypatch.setattr("ptp.training.losses.propose", counted)
+    picked = mock.Mock(wraps=soft_pick)
+    monkeypatch.setattr("ptp.training.losses.soft_pick", picked)
     model, batch = random_adapter(new_student(variant="categorical"), std=0.1), batch_of(documents)
     step_loss(model, batch).backward()
-    assert len(judged) == 1
+    picked.assert_called_once()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 
