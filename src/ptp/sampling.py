@@ -185,7 +185,7 @@ def probability(distribution: Distribution, tokens: Tensor) -> Tensor:
 INTERVAL_ROWS = 1024
 """Rows of logits warped at a time, which bounds the memory of `row_intervals`."""
 
-FEW = 2048
+FEW = 512
 """Tokens that are sorted faster than the unlikely ones among them are left out."""
 
 LogitsOf = Callable[[Tensor], Tensor]
