@@ -12,7 +12,7 @@ from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWa
 
 from ptp.errors import ConfigError
 from ptp.sampling import (
-    NO_TOKEN,
+    NO_PICK,
     Distribution,
     SamplingRule,
     draw,
@@ -335,7 +335,7 @@ def test_no_token_is_picked_from_what_is_not_a_number(
     values[row, data.draw(st.integers(0, values.shape[1] - 1))] = broken
     numbers = torch.full((len(values),), u, dtype=torch.float32).clamp(max=1 - 2**-24)
     expected = pick(warp(whole, rule), numbers)
-    expected[row] = NO_TOKEN
+    expected[row] = NO_PICK
     assert torch.equal(pick(warp(values, rule), numbers), expected)
     assert torch.equal(draw(warp(values, rule), numbers)[0], expected)
     values[row] = -torch.inf

@@ -132,8 +132,7 @@ def measure(plain: PreTrainedModel, ptp: StudentModel, validation: list[Batch]) 
             return token_losses(logits[:, :-1], ids[:, 1:]).gather(1, before.clamp(max=ids.shape[1] - 2))
 
         in_windows = torch.stack(
-            [token_losses(ptp.logits(states[:, :, k]), targets.token_ids[:, :, k]) for k in range(states.shape[2])],
-            2,
+            [token_losses(ptp.logits(states[:, :, k]), targets.token_ids[:, :, k]) for k in range(states.shape[2])], 2
         )
         losses = [one_by_one(plain(ids).logits), in_windows.flatten(1), one_by_one(ptp.logits(output.context))]
         valid = targets.valid

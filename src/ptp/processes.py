@@ -18,3 +18,14 @@ def local_rank() -> int:
 def world_size() -> int:
     """How many processes there are."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def leave() -> None:
+    """Close the connections to the other processes, if there are any.
+
+    One that ends with them open may abort, or have another fail.
+    """
+    from torch import distributed
+
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -23,7 +23,7 @@ from ptp.records import Record
 
 Order = str | tuple[int, ...]
 
-NO_TOKEN = -1
+NO_PICK = -1
 """What is picked where the logits are not numbers."""
 
 MIN_TEMPERATURE = 1e-4
@@ -150,7 +150,7 @@ def warp(logits: Tensor, rule: SamplingRule) -> Distribution:
 
 
 def pick(distribution: Distribution, u: Tensor) -> Tensor:
-    """The token whose interval holds u, or `NO_TOKEN`. u: (...) float32 in [0, 1); returns (...) int64."""
+    """The token whose interval holds u, or `NO_PICK`. u: (...) float32 in [0, 1); returns (...) int64."""
     return _token(distribution, _entry(distribution, u))
 
 
@@ -270,7 +270,7 @@ def _entry(distribution: Distribution, u: Tensor) -> Tensor:
 def _token(distribution: Distribution, index: Tensor) -> Tensor:
     """Tokens (...) of the entries that `_entry` found, (..., 1)."""
     tokens = distribution.token_ids.gather(-1, index)
-    return tokens.masked_fill(distribution.upper[..., -1:].isnan(), NO_TOKEN).squeeze(-1)
+    return tokens.masked_fill(distribution.upper[..., -1:].isnan(), NO_PICK).squeeze(-1)
 
 
 def _weights(scores: Tensor) -> Tensor:

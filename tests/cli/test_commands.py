@@ -358,9 +358,9 @@ def test_what_bench_cannot_measure_is_refused(experiment: Path, options: list[ob
     assert files(experiment) == before
 
 
-def test_a_text_in_place_of_a_directory_is_told_where_it_goes() -> None:
-    text = "def fibonacci(n): # of"
-    check_refused(typed(main.main, "generate", text), "no such directory", f'--prompt "{text}"')
+@pytest.mark.parametrize("text", ["def fibonacci(n): # of", "Once upon\na time\n", "word " * 100])
+def test_a_text_in_place_of_a_directory_is_told_where_it_goes(text: str) -> None:
+    check_refused(typed(main.main, "generate", text), "no such directory", " ".join(text.split())[:59], "--prompt")
 
 
 def test_as_a_program_generate_prints_the_object_alone(experiment: Path) -> None:

@@ -15,9 +15,12 @@ from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    InfNanRemoveLogitsProcessor,
     LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TypicalLogitsWarper,
@@ -29,6 +32,7 @@ from ptp.decoding.decoder import Decoder
 from ptp.decoding.options import NO_EFFECT, OFF, REFUSED, TAKEN_OVER, request_from, sampling_rule
 from ptp.decoding.plain import decode_plainly
 from ptp.decoding.requests import make_request
+from ptp.decoding.verification import sampled
 from ptp.errors import ConfigError, DecodingError
 from ptp.model.ptp_model import PTPModel
 from ptp.sampling import SamplingRule
@@ -355,6 +359,24 @@ def test_a_processor_with_state_sees_what_plain_sampling_shows_it_and_nothing_of
         assert plain.seen == parallel.seen == mostly_right.seen
         assert found.num_draft_tokens > found.num_accepted_tokens
     assert again.num_accepted_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "processor"),
+    [
+        (torch.nan, RepetitionPenaltyLogitsProcessor(1.1)),
+        (torch.inf, RepetitionPenaltyLogitsProcessor(1.1)),
+        # Makes a number of it, which the temperature makes infinite again.
+        (torch.inf, InfNanRemoveLogitsProcessor()),
+    ],
+)
+def test_logits_that_are_not_numbers_are_not_taken_for_a_fault_of_processors(
+    broken: float, processor: LogitsProcessor
+) -> None:
+    logits = torch.tensor([[0.0, 0.0, broken, 0.0]])
+    tokens = sampled(logits, torch.zeros(1), [1, 2, 3], SamplingRule(temperature=0.7), LogitsProcessorList([processor]))
+    with pytest.raises(DecodingError, match="the base model's logits behind 3 tokens are not numbers"):
+        next(tokens)
 
 
 def test_processors_that_leave_no_token_are_refused_in_one_line(model: PTPModel) -> None:

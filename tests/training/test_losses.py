@@ -231,8 +231,9 @@ def test_log_probabilities_are_those_of_log_softmax_and_so_are_their_gradients(d
     logits = (3 * torch.randn(5, 2, 11, generator=generator)).to(dtype).requires_grad_()
     # A token may be asked for twice.
     tokens, weights = torch.randint(11, (5, 2, 14), generator=generator), torch.rand(5, 2, 14, generator=generator)
-    found, probs = log_probabilities(logits, tokens, 0.7)
+    probs, *found = log_probabilities(logits, 0.7, tokens[..., :3], tokens[..., 3:])
     expected = (logits.float() / 0.7).log_softmax(-1)
+    found = torch.cat(found, dim=-1)
     torch.testing.assert_close(found, expected.gather(-1, tokens))
     torch.testing.assert_close(probs, expected.exp())
     assert not probs.requires_grad

@@ -27,9 +27,9 @@ SETTINGS = (
 )
 TOGETHER = (*SETTINGS, "train.batch_size=1", "train.gradient_accumulation_steps=2")
 
-# accelerate shares out weights between GPUs only; between CPUs it works as well, if it is told to.
 LEFT = "a process left with its connections to others open"
 
+# accelerate shares out weights between GPUs only; between CPUs it works as well, if it is told to.
 PROGRAM = f"""
 import atexit
 

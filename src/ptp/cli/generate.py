@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -68,8 +69,9 @@ def command(
     from ptp.model.ptp_model import PTPModel
     from ptp.sampling import SamplingRule
 
-    if " " in str(directory) and not directory.exists():
-        raise DecodingError(f'no such directory: {directory}; if it is a text to go on from: --prompt "{directory}"')
+    words = " ".join(str(directory).split())
+    if " " in words and not os.path.exists(directory):  # noqa: PTH110 (Path's own raises where a text is too long)
+        raise DecodingError(f"no such directory: {words[:60]}; a text to go on from is given as --prompt TEXT")
     adapter = find_adapter(directory)
     stored = read_settings(adapter)
     changes = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}

@@ -9,7 +9,7 @@ import typer
 
 from ptp.cli.common import note, progress_bar, resumable, run
 from ptp.errors import PTPError
-from ptp.processes import rank
+from ptp.processes import leave, rank
 
 if TYPE_CHECKING:
     from ptp.experiment import Experiment
@@ -34,6 +34,7 @@ def command(
     with resumable():
         with progress_bar() as progress:
             result = train(experiment, [TrainingProgress(progress, "training steps")], progress)
+        leave()
         if rank() > 0:
             return
         trains_all = experiment.config.model.trains_all

@@ -22,7 +22,7 @@ from ptp.decoding.device import Functions, Reading, Settled
 from ptp.decoding.drafting import Drafter
 from ptp.decoding.layout import MOST_PENDING, CallShape, RowLayout, call_layout, call_mask, key_positions
 from ptp.decoding.requests import Request
-from ptp.decoding.verification import Logprobs, Verified, chosen, logprobs, num_common, sampled, verify
+from ptp.decoding.verification import Logprobs, Verified, checked, logprobs, num_common, sampled, verify
 from ptp.layer_kinds import context_length
 from ptp.model.proposal import UNKNOWN
 from ptp.model.ptp_model import PTPModel
@@ -113,10 +113,10 @@ class HostView:
     def verified(self, text: Text) -> Verified:
         """What of it the text takes."""
         if not self.goes_on:
-            return verify(chosen(self.true_tokens, len(text.tokens)), text.drafts, text.tokens, text.request)
+            return verify(checked(self.true_tokens, len(text.tokens)), text.drafts, text.tokens, text.request)
         # What is right is the drafts up to the wrong one, its second candidate and what stands behind that.
         right = self.true_tokens[: 1 + num_common(self.true_tokens, text.drafts)]
-        return verify(chosen([*right, self.bonus], len(text.tokens)), right, text.tokens, text.request)
+        return verify(checked([*right, self.bonus], len(text.tokens)), right, text.tokens, text.request)
 
     def drafts(self, most: int) -> tuple[list[int], list[float], list[tuple[int, float]]]:
         """The next drafts, their confidences and second candidates. What has no chance is none, nor what follows it."""

@@ -143,7 +143,7 @@ def draft(
         going_on = model.continuation(reading.states_at(anchor).squeeze(1))[:, :num_states]
         states = torch.where(continued.unsqueeze(-1), going_on, states)
     logits = None if config.chain else reading.logits_at(index, drafter.logits_of)
-    # Some token in place of none: the host refuses to go on from that (`ptp.decoding.verification.chosen`).
+    # Some token in place of none: the host refuses to go on from that (`ptp.decoding.verification.checked`).
     return drafter(rules, states, logits, u, settled.bonus.clamp(min=0), before, continued)
 
 

@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 
 from ptp.decoding.requests import Request
 from ptp.errors import DecodingError
-from ptp.sampling import NO_TOKEN, SamplingRule, pick, warp
+from ptp.sampling import NO_PICK, SamplingRule, pick, warp
 
 
 def processed(logits: Tensor, ids: Tensor, processors: LogitsProcessorList) -> Tensor:
@@ -44,23 +44,23 @@ def sampled(
     """
     first = len(before) - len(logits) + 1
     if not processors:
-        yield from chosen(pick(warp(logits, rule), u[: len(logits)]).tolist(), first)
+        yield from checked(pick(warp(logits, rule), u[: len(logits)]).tolist(), first)
         return
     ids = torch.tensor(before, device=logits.device)
     for row in range(len(logits)):
         scores = processed(logits[row], ids[: first + row], processors)
-        if not scores.max().isfinite():
+        if logits[row].max().isfinite() and not scores.max().isfinite():
             raise DecodingError(
                 f"the logits processors leave no token to choose behind {first + row} tokens: the highest score is "
                 f"{float(scores.max())}"
             )
-        yield int(pick(warp(scores, rule), u[row]))
+        yield from checked([int(pick(warp(scores, rule), u[row]))], first + row)
 
 
-def chosen(tokens: Iterable[int], num_before: int) -> Iterator[int]:
-    """Picked tokens, the first behind so many others; raises `DecodingError` at one that no logits picked."""
+def checked(tokens: Iterable[int], num_before: int) -> Iterator[int]:
+    """Picked tokens, the first behind so many others; raises `DecodingError` where none was, for want of numbers."""
     for num_tokens, token in enumerate(tokens, num_before):
-        if token == NO_TOKEN:
+        if token == NO_PICK:
             raise DecodingError(
                 f"the base model's logits behind {num_tokens} tokens are not numbers: its weights are damaged, or it "
                 "computes with numbers too large for float16; load it in bfloat16 or float32"

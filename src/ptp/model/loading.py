@@ -118,5 +118,6 @@ def _loading(what: str, name: str) -> Iterator[None]:
                 "the model in Python with trust_remote_code=True and wrap it there (PTPModel)"
             ) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        nor_here = "" if Path(name).exists() else f" (nor is there a directory {name} here)"
+        missing = isinstance(error, OSError) and not Path(name).exists()
+        nor_here = f" (nor is there a directory {name} here)" if missing else ""
         raise ConfigError(f"cannot load the {what} '{name}': {reason}{nor_here}") from error

@@ -50,7 +50,8 @@ MAY_CHANGE = (
     *("max_steps", "num_epochs", "save_every", "save_minutes", "log_every", "budget", "report_to"),
     *("gradient_checkpointing", "batch_size", "gradient_accumulation_steps"),
 )
-"""Settings that a training may go on with others of, as long as its steps are of as many sequences."""
+"""Settings that a training may go on with others of, as long as its steps are of as many sequences, and are to be no
+fewer than were made."""
 
 TEXT_PROMPT_TOKENS = 64
 """Tokens of a plain text that are its prompt, where one is wanted, but for texts less than twice as long."""
@@ -178,9 +179,7 @@ def train(
     )
     if trainer.args.should_save:
         write_atomically(experiment.adapter / TRAINING_RESULT, json.dumps(asdict(result), indent=2).encode() + b"\n")
-    # Several processes leave together: one that ends with its connections open may abort, or have another fail.
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
     return result
 
 

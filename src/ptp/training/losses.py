@@ -105,41 +105,37 @@ def window_loss(
 
     def loss(logits: Tensor, *rest: Any) -> Tensor:
         *own, part = rest
-        asked = tokens[part].unsqueeze(-1)
+        asked = [tokens[part].unsqueeze(-1)]
         if distillation > 0:
             with torch.no_grad():
                 teacher = warp(logits_of(context[sequence[part], before[part]]), rule)
-            asked = torch.cat([asked, teacher.token_ids.unsqueeze(1).expand(-1, num_kinds, -1)], dim=-1)
-        log_probs, probs = log_probabilities(logits, asked, temperature)
-        entropy = -log_probs[..., 0]
-        losses = (1 - distillation) * entropy
-        if own:
+            asked.append(teacher.token_ids.unsqueeze(1).expand(-1, num_kinds, -1))
+        probs, *log_probs = log_probabilities(logits, temperature, *asked)
+        entropy, upper = -log_probs[0].squeeze(-1), None
+        if not own:
+            losses = (1 - distillation) * entropy
+        elif rule.temperature == 0:
+            # The blur's gradient is 0, not absent: every weight that several processes train must have one.
+            losses = _slowed(entropy, 1 - distillation) + 0 * own[0]
+        else:
             assert numbers is not None, "a soft pick has its u"
-            (blurs,), u_of_part = own, numbers[part]
-            upper = None if rule.temperature == 0 else upper_edges(probs, rule.order)
-            if upper is None:
-                # The blur's gradient is 0, not absent: every weight that several processes train must have one.
-                losses = _slowed(entropy, 1 - distillation) + 0 * blurs
-            else:
-                shares, edges = probs, upper
-                if distillation < 1:
-                    shares = probabilities(_slowed(logits, 1 - distillation), rule)
-                    edges = upper_edges(shares, rule.order)
-                losses = negative_log_chance(shares, edges, tokens[part], u_of_part, blurs)
-            entropy = losses
+            if distillation < 1:
+                probs = probabilities(_slowed(logits, 1 - distillation), rule)
+            upper = upper_edges(probs, rule.order)
+            losses = entropy = negative_log_chance(probs, upper, tokens[part], numbers[part], own[0])
         if distillation > 0:
-            losses = losses + distillation * divergence(log_probs[..., 1:], teacher.probs.unsqueeze(1))
+            losses = losses + distillation * divergence(log_probs[1], teacher.probs.unsqueeze(1))
         total = (losses * share[part]).sum()
         # Last, for a backward pass that makes the logits again stops where it has what it needs.
         with torch.no_grad():
             entropies[part] = entropy
-            if own:
-                found = soft_pick(probs, upper, u_of_part, blurs)
-            elif numbers is not None:
-                # Cross-entropy has made this sum over the vocabulary; another pass would be felt.
-                totals = entropy + logits.gather(-1, asked[..., :1]).squeeze(-1).float()
-                found = propose(config, rule, logits, numbers[part], totals=totals)
             if numbers is not None:
+                if own:
+                    found = soft_pick(probs, upper, numbers[part], own[0])
+                else:
+                    # Cross-entropy has made this sum over the vocabulary; another pass would be felt.
+                    totals = entropy + logits.gather(-1, asked[0]).squeeze(-1).float()
+                    found = propose(config, rule, logits, numbers[part], totals=totals)
                 proposed[part], confidences[part] = (each[..., : config.num_candidates] for each in found)
         return total
 
@@ -167,32 +163,39 @@ def divergence(log_probs: Tensor, teacher: Tensor) -> Tensor:
     return torch.where(teacher == 0, 0, teacher * (teacher.log() - log_probs)).sum(-1)
 
 
-def log_probabilities(logits: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of some tokens, (..., M), and all probabilities, (..., V), which have no gradient; float32.
+def log_probabilities(logits: Tensor, temperature: float, *token_ids: Tensor) -> tuple[Tensor, ...]:
+    """All probabilities, (..., V), which have no gradient, and the log-probabilities of some tokens; float32.
 
-    logits: (..., V); token_ids: (..., M). As `log_softmax` and `gather` of logits / temperature, in fewer passes over
-    the vocabulary: there and back, they are most of what a step of a large one costs.
+    logits: (..., V); token_ids: each (..., M) of some M, as are their log-probabilities. As `log_softmax` and `gather`
+    of logits / temperature, in fewer passes over the vocabulary: there and back, these are most of what a step of a
+    large one costs.
     """
-    log_probs, probs = _LogProbabilities.apply(logits, token_ids, temperature)
-    return log_probs, probs
+    found: tuple[Tensor, ...] = _LogProbabilities.apply(logits, temperature, *token_ids)
+    return found
 
 
 class _LogProbabilities(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, token_ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        scores = logits.to(torch.float32, copy=True).div_(temperature).log_softmax(-1)
-        log_probs, probs = scores.gather(-1, token_ids), scores.exp_()
-        ctx.save_for_backward(probs, token_ids)
+    def forward(ctx: Any, logits: Tensor, temperature: float, *token_ids: Tensor) -> tuple[Tensor, ...]:
+        scores = logits.float()
+        if temperature != 1:
+            scores = scores / temperature
+        scores = scores.log_softmax(-1)
+        log_probs = [scores.gather(-1, ids) for ids in token_ids]
+        probs = scores.exp_()
+        ctx.save_for_backward(probs, *token_ids)
         ctx.temperature, ctx.dtype = temperature, logits.dtype
         ctx.mark_non_differentiable(probs)
         # Else zeros would be made for the gradient that probs has none of.
         ctx.set_materialize_grads(False)
-        return log_probs, probs
+        return probs, *log_probs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        probs, token_ids = ctx.saved_tensors
-        gradient = grad_outputs[0] / ctx.temperature
-        total = gradient.sum(-1, keepdim=True)
-        return (-total * probs).scatter_add_(-1, token_ids, gradient).to(ctx.dtype), None, None
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        probs, *token_ids = ctx.saved_tensors
+        found = [(ids, grad) for ids, grad in zip(token_ids, grad_outputs[1:], strict=True) if grad is not None]
+        gradient = probs * (-sum(grad.sum(-1, keepdim=True) for _, grad in found) / ctx.temperature)
+        for ids, grad in found:
+            gradient.scatter_add_(-1, ids, grad / ctx.temperature)
+        return (gradient.to(ctx.dtype), None, *[None] * len(token_ids))

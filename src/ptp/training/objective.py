@@ -78,7 +78,7 @@ def targets_of(batch: dict[str, Tensor], mass: Tensor, model: PTPModel, first: b
 
 
 def trained_states(output: TrainingPass, batch: dict[str, Tensor], model: PTPModel, first: bool) -> Tensor:
-    """The hidden states (B, N, ≥ L, kinds, H) that predict the targets of `targets_of`.
+    """The hidden states (B, N, L, kinds, H), or of L + 1, that predict the targets of `targets_of`.
 
     Of each target that of a window's position and, where the model continues, the one it has without.
     """
