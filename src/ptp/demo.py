@@ -76,7 +76,7 @@ TINY = DemoSize(
     hidden_size=64, num_layers=2, teacher_steps=30, num_prompts=120, max_new_tokens=48, adapter_steps=30, num_verified=6
 )
 STARTER = DemoSize(
-    vocab_size=1024, hidden_size=192, num_layers=5, teacher_steps=4000, num_prompts=8000, adapter_steps=2500
+    vocab_size=1024, hidden_size=192, num_layers=5, teacher_steps=2400, num_prompts=8000, adapter_steps=1000
 )
 """The pair that comes with the package (scripts/make_starter.py)."""
 
