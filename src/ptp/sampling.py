@@ -26,6 +26,12 @@ Order = str | tuple[int, ...]
 NO_PICK = -1
 """What is picked where the logits are not numbers."""
 
+NOT_NUMBERS = (
+    "are not numbers: its weights are damaged, or it computes with numbers too large for float16; use it in bfloat16 "
+    "or float32"
+)
+"""What an error says of a base model's logits."""
+
 MIN_TEMPERATURE = 1e-4
 """Logits divided by less would overflow float32."""
 

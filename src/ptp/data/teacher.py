@@ -24,7 +24,7 @@ from ptp.cache import RollbackCache, SlotCache
 from ptp.data.documents import Document
 from ptp.errors import ConfigError
 from ptp.layer_kinds import context_length
-from ptp.sampling import NO_PICK, SamplingRule, draw, uniform, warp
+from ptp.sampling import NO_PICK, NOT_NUMBERS, SamplingRule, draw, uniform, warp
 
 Result = TypeVar("Result")
 
@@ -236,10 +236,7 @@ class _Batch:
         # One copy to the host: float32 holds token ids exactly, up to 2^24.
         drawn = torch.stack([token.to(lower.dtype), lower, upper]).cpu().numpy()
         if (drawn[0] == NO_PICK).any():
-            raise ConfigError(
-                "the base model's logits are not numbers: its weights are damaged, or it computes with numbers too "
-                "large for float16, and a copy of it in bfloat16 or float32 is needed"
-            )
+            raise ConfigError(f"the base model's logits {NOT_NUMBERS}")
         slots = np.arange(self.num_rows)
         self.ids[slots, lengths] = drawn[0]
         self.edges[slots, :, lengths] = drawn[1:].T

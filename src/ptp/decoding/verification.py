@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 
 from ptp.decoding.requests import Request
 from ptp.errors import DecodingError
-from ptp.sampling import NO_PICK, SamplingRule, pick, warp
+from ptp.sampling import NO_PICK, NOT_NUMBERS, SamplingRule, pick, warp
 
 
 def processed(logits: Tensor, ids: Tensor, processors: LogitsProcessorList) -> Tensor:
@@ -61,10 +61,7 @@ def checked(tokens: Iterable[int], num_before: int) -> Iterator[int]:
     """Picked tokens, the first behind so many others; raises `DecodingError` where none was, for want of numbers."""
     for num_tokens, token in enumerate(tokens, num_before):
         if token == NO_PICK:
-            raise DecodingError(
-                f"the base model's logits behind {num_tokens} tokens are not numbers: its weights are damaged, or it "
-                "computes with numbers too large for float16; load it in bfloat16 or float32"
-            )
+            raise DecodingError(f"the base model's logits behind {num_tokens} tokens {NOT_NUMBERS}")
         yield token
 
 
